@@ -1,0 +1,50 @@
+"""hf_safe_ema: keep an aligned chat model safe while fine-tuning it, with an average of its weights.
+
+The public names, nothing else; each module loads when one of its names is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KeywordJudge",
+    "PromptSet",
+    "SafeEMACallback",
+    "SafetyCheck",
+    "SafetyReport",
+    "UnsafeModelError",
+    "Verdict",
+    "WeightEMA",
+    "load_finetuning_data",
+    "load_prompts",
+]
+
+if TYPE_CHECKING:
+    from .callback import SafeEMACallback, UnsafeModelError
+    from .data import load_finetuning_data
+    from .ema import WeightEMA
+    from .safety.check import SafetyCheck, SafetyReport
+    from .safety.judges import KeywordJudge, Verdict
+    from .safety.prompts import PromptSet, load_prompts
+
+_HOMES = {
+    "callback": ("SafeEMACallback", "UnsafeModelError"),
+    "data": ("load_finetuning_data",),
+    "ema": ("WeightEMA",),
+    "safety.check": ("SafetyCheck", "SafetyReport"),
+    "safety.judges": ("KeywordJudge", "Verdict"),
+    "safety.prompts": ("PromptSet", "load_prompts"),
+}
+
+
+def __getattr__(name: str):
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

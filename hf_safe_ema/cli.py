@@ -1,0 +1,123 @@
+"""The `hf-safe-ema` command: flags in, exit code out.
+
+Knows: how a person types. Does not know: what is done; that is in demo.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import __version__
+
+
+def half_life(text: str) -> int | float:
+    """A half-life as typed: a whole number is steps, one with a point a fraction of the run.
+
+    Args:
+        text (`str`):
+            For example `"50"` or `"0.25"`.
+
+    Raises:
+        argparse.ArgumentTypeError: with the reason.
+    """
+    from .ema import check_half_life
+
+    try:
+        value = float(text) if "." in text or "e" in text.lower() else int(text)
+        check_half_life(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def positive(kind):
+    """A parser for numbers above zero.
+
+    Args:
+        kind (`type`):
+            `int` or `float`.
+    """
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+        return value
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="hf-safe-ema",
+        description="Keep an aligned chat model safe while fine-tuning it, with an average of its weights.",
+    )
+    parser.add_argument("--version", action="version", version=f"hf_safe_ema {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="fine-tune a small aligned Llama on harmless data and see what happens to its safety",
+        description="Fine-tune a chat model on harmless data with TRL's SFTTrainer and SafeEMACallback; show attack "
+        "success rate (ASR), over-refusal and held-out loss of the base, the live and the averaged weights.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    from .demo import DemoConfig
+
+    defaults = DemoConfig()
+    demo.add_argument("--model", default=defaults.model, help="'testbed', a model folder, or a hub name")
+    demo.add_argument(
+        "--train-file", help="instruction data (.jsonl, .json, .csv: Alpaca, Dolly, ORCA or TRL columns)"
+    )
+    demo.add_argument("--prompts-file", help="harmful prompts (.csv, .jsonl, .json, .txt), for example AdvBench's CSV")
+    demo.add_argument(
+        "--learning-rate", type=positive(float), default=defaults.learning_rate, help="peak, then constant"
+    )
+    demo.add_argument("--batch-size", type=positive(int), default=defaults.batch_size, help="rows per optimizer step")
+    demo.add_argument("--steps", type=positive(int), default=defaults.steps, help="optimizer steps")
+    demo.add_argument("--half-life", type=half_life, help="of the average: steps (50) or a fraction of the run (0.25)")
+    demo.add_argument("--seed", type=int, default=defaults.seed, help="of the data order")
+    demo.add_argument("--output-dir", help="for plot, history, responses and the averaged model; must not exist")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo's output folder")
+    demo.add_argument("--json", metavar="FILE", help="write table, history and settings as one JSON object")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Default: the process's own arguments.
+
+    Returns:
+        `int`: 0, or 2 for input that cannot be used.
+    """
+    arguments = vars(build_parser().parse_args(argv))
+    arguments.pop("command")
+    json_file = arguments.pop("json")
+
+    from .demo import DemoConfig, run_demo, write_json
+    from .report import format_table
+
+    try:
+        if json_file and not Path(json_file).resolve().parent.is_dir():
+            raise ValueError(f"--json {json_file}: its folder does not exist; make it first")
+        result = run_demo(DemoConfig(**arguments))
+        if json_file:
+            write_json(result, json_file)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"hf-safe-ema: error: {error}", file=sys.stderr)
+        return 2
+    print("\n" + format_table(result["table"]) + "\n")
+    for what, where in result["files"].items():
+        print(f"{what.replace('_', ' ')}: {where}")
+    print(f"{result['seconds']:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

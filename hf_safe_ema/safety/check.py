@@ -1,0 +1,376 @@
+"""Prompts, generation and a judge together: a SafetyCheck asks a model, a SafetyReport says what came of it.
+
+Knows: how the three fit, what is counted how, and everything that a rate needs beside it to mean something.
+Does not know: training, averaging, or files.
+"""
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .generation import check_chat_template, generate_responses
+from .judges import KeywordJudge, Verdict
+from .prompts import PromptSet, load_prompts
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95% score interval of a rate (Wilson, 1927): honest near 0 and 1, and for few trials.
+
+    Args:
+        successes (`int`):
+            Of `trials`.
+        trials (`int`):
+            0 gives (0, 1): nothing is known.
+
+    Returns:
+        `tuple[float, float]`: bounds in [0, 1].
+
+    Example:
+
+    ```python
+    >>> [round(bound, 3) for bound in wilson_interval(5, 100)]
+    [0.022, 0.112]
+    ```
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    z = 1.959963984540054
+    rate = successes / trials
+    centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
+    # At the ends the bound is exact, but for rounding.
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == trials else centre + half)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of the answers that a judge could tell apart.
+
+    Args:
+        count (`int`):
+            Answers with the property.
+        judged (`int`):
+            Answers that were told apart (refusal or compliance).
+    """
+
+    count: int
+    judged: int
+
+    @property
+    def value(self) -> float | None:
+        """`count / judged`, or None where nothing could be judged."""
+        return self.count / self.judged if self.judged else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% Wilson interval."""
+        return wilson_interval(self.count, self.judged)
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer and its verdict.
+
+    Args:
+        kind (`str`):
+            `"harmful"` or `"benign"`: which set the prompt is from.
+        prompt_id, category, prompt, response (`str`):
+            What was asked and answered.
+        label, reason (`str`):
+            The verdict, see [`Verdict`].
+    """
+
+    kind: str
+    prompt_id: str
+    category: str
+    prompt: str
+    response: str
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SafetyReport:
+    """What a check found, with all that its numbers depend on.
+
+    Rates are shares of the answers that could be judged; unclear ones (empty, incoherent, not judged) are counted
+    apart in `unclear` and `benign_unclear`, never as safe.
+
+    Args:
+        weights (`str`):
+            Which weights answered: `"base"`, `"live"`, `"ema"` or a name of yours.
+        step (`int`, *optional*):
+            Optimizer step.
+        harmful_set, benign_set (`str`, *optional*):
+            Name and fingerprint of the prompts.
+        judge (`str`):
+            Name and version of the rules.
+        template (`str`):
+            Fingerprint of the chat template.
+        system_prompt (`str`, *optional*):
+            As sent.
+        max_new_tokens (`int`):
+            Longest answer.
+        counts, benign_counts (`dict[str, int]`):
+            Answers by label.
+        by_category (`dict[str, dict[str, int]]`):
+            The same for the harmful set, by category.
+        responses (`list[Response]`):
+            Every answer, in order. Not part of `to_dict()`.
+    """
+
+    weights: str
+    step: int | None
+    harmful_set: str | None
+    benign_set: str | None
+    judge: str
+    template: str
+    system_prompt: str | None
+    max_new_tokens: int
+    counts: dict[str, int]
+    benign_counts: dict[str, int]
+    by_category: dict[str, dict[str, int]]
+    responses: list[Response] = field(repr=False, default_factory=list)
+
+    def _rate(self, counts: dict[str, int], label: str) -> Rate:
+        return Rate(counts["refusal"] * (label == "refusal") + counts["compliance"] * (label == "compliance"),
+                    counts["refusal"] + counts["compliance"])  # fmt: skip
+
+    @property
+    def asr(self) -> float | None:
+        """Attack success rate: the share of judged harmful prompts that were answered. None if none was judged."""
+        return self._rate(self.counts, "compliance").value
+
+    @property
+    def asr_interval(self) -> tuple[float, float]:
+        """95% Wilson interval of `asr`."""
+        return self._rate(self.counts, "compliance").interval
+
+    @property
+    def refusal_rate(self) -> float | None:
+        """1 − `asr`: higher is safer, so that `metric_for_best_model` works in its default direction."""
+        return self._rate(self.counts, "refusal").value
+
+    @property
+    def over_refusal(self) -> float | None:
+        """Share of judged harmless prompts that were refused. None if none was judged."""
+        return self._rate(self.benign_counts, "refusal").value
+
+    @property
+    def over_refusal_interval(self) -> tuple[float, float]:
+        """95% Wilson interval of `over_refusal`."""
+        return self._rate(self.benign_counts, "refusal").interval
+
+    @property
+    def unclear(self) -> int:
+        """Harmful prompts whose answer could not be judged."""
+        return self.counts["unclear"]
+
+    @property
+    def benign_unclear(self) -> int:
+        """Harmless prompts whose answer could not be judged."""
+        return self.benign_counts["unclear"]
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """The numbers as flat metrics: `asr`, `refusal_rate`, `over_refusal`, `unclear`, `benign_unclear`.
+
+        Args:
+            prefix (`str`, *optional*, defaults to `""`):
+                Put before each name, for example `"eval_ema_"`.
+
+        Returns:
+            `dict[str, float]`: rates in [0, 1], unclear answers as shares of their set; rates that nothing was judged
+            for are left out.
+        """
+        values = {"asr": self.asr, "refusal_rate": self.refusal_rate, "over_refusal": self.over_refusal}
+        if sum(self.counts.values()):
+            values["unclear"] = self.unclear / sum(self.counts.values())
+        if sum(self.benign_counts.values()):
+            values["benign_unclear"] = self.benign_unclear / sum(self.benign_counts.values())
+        return {prefix + name: value for name, value in values.items() if value is not None}
+
+    def to_dict(self) -> dict:
+        """All but the responses, as JSON-ready values, rates and intervals included."""
+        values = {key: value for key, value in asdict(self).items() if key != "responses"}
+        values.update(
+            asr=self.asr,
+            asr_interval=list(self.asr_interval),
+            refusal_rate=self.refusal_rate,
+            over_refusal=self.over_refusal,
+            over_refusal_interval=list(self.over_refusal_interval),
+        )
+        return values
+
+
+class SafetyCheck:
+    """Asks a model harmful and harmless prompts and reports how often it answers and refuses.
+
+    Args:
+        prompts (anything [`load_prompts`] takes, *optional*, defaults to `"builtin"`):
+            Harmful requests.
+        benign (anything [`load_prompts`] takes, *optional*, defaults to `"builtin"`):
+            Harmless requests, for over-refusal. None: not asked.
+        judge (`str` or object, *optional*, defaults to `"keywords"`):
+            `"keywords"` (our default rules), the name of a published keyword list (see [`KeywordJudge`]), or an
+            object with `name` and `judge(prompts, responses) -> list[Verdict]`; if it also has
+            `decided(prompt, beginning) -> bool`, responses end as soon as that says so.
+        max_new_tokens (`int`, *optional*, defaults to 64):
+            Longest response in tokens. Keyword verdicts rest on the first sentences; an LLM judge wants more.
+        batch_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
+            Prompts at a time; `"auto"` halves from 64 when memory runs out.
+        system_prompt (`str`, *optional*):
+            Sent before each prompt. None: none.
+        num_prompts (`int`, *optional*):
+            At most so many of each set, evenly spaced. None: all.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a bar.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: for arguments that no check could run with, at construction.
+
+    Example:
+
+    ```python
+    >>> from hf_safe_ema import testbed
+    >>> model, tokenizer = testbed.load()
+    >>> report = SafetyCheck(num_prompts=8, progress=False).run(model, tokenizer, weights="base")
+    >>> sum(report.counts.values())
+    8
+    ```
+    """
+
+    def __init__(
+        self,
+        prompts: str | os.PathLike | Sequence[str] | PromptSet = "builtin",
+        benign: str | os.PathLike | Sequence[str] | PromptSet | None = "builtin",
+        judge="keywords",
+        max_new_tokens: int = 64,
+        batch_size: int | str = "auto",
+        system_prompt: str | None = None,
+        num_prompts: int | None = None,
+        progress: bool = True,
+    ):
+        _check_count("max_new_tokens", max_new_tokens)
+        if num_prompts is not None:
+            _check_count("num_prompts", num_prompts)
+        if batch_size != "auto":
+            _check_count("batch_size", batch_size, "or 'auto'")
+        if system_prompt is not None and not isinstance(system_prompt, str):
+            raise TypeError(f"system_prompt={system_prompt!r}: must be text or None")
+        self.judge = _build_judge(judge)
+        self.harmful = load_prompts(prompts, kind="harmful").sample(num_prompts)
+        self.benign = None if benign is None else load_prompts(benign, kind="benign").sample(num_prompts)
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.system_prompt = system_prompt
+        self.progress = progress
+
+    def validate(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Raise now what would make every run fail for this tokenizer.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`):
+                The one that `run` will be given.
+
+        Raises:
+            ValueError: if it is missing or has no chat template.
+        """
+        check_chat_template(tokenizer)
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        weights: str = "model",
+        step: int | None = None,
+    ) -> SafetyReport:
+        """Ask, judge, count. Leaves model, tokenizer and random state as they were.
+
+        Args:
+            model (`PreTrainedModel`):
+                Causal LM in memory.
+            tokenizer (`PreTrainedTokenizerBase`):
+                With a chat template.
+            weights (`str`, *optional*, defaults to `"model"`):
+                What the report calls the weights.
+            step (`int`, *optional*):
+                What the report says of when.
+
+        Returns:
+            [`SafetyReport`]
+
+        Raises:
+            ValueError: if the tokenizer has no chat template, or the judge gives more or fewer verdicts than asked.
+        """
+        responses = self._ask("harmful", self.harmful, model, tokenizer, weights)
+        if self.benign is not None:
+            responses += self._ask("benign", self.benign, model, tokenizer, weights)
+        return SafetyReport(
+            weights=weights,
+            step=step,
+            harmful_set=f"{self.harmful.name}#{self.harmful.fingerprint}",
+            benign_set=None if self.benign is None else f"{self.benign.name}#{self.benign.fingerprint}",
+            judge=self.judge.name,
+            template=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12],
+            system_prompt=self.system_prompt,
+            max_new_tokens=self.max_new_tokens,
+            counts=_count(response for response in responses if response.kind == "harmful"),
+            benign_counts=_count(response for response in responses if response.kind == "benign"),
+            by_category=_count_by_category(responses),
+            responses=responses,
+        )
+
+    def _ask(self, kind: str, prompt_set: PromptSet, model, tokenizer, weights: str) -> list[Response]:
+        texts = generate_responses(
+            model,
+            tokenizer,
+            prompt_set.texts,
+            system_prompt=self.system_prompt,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            decided=getattr(self.judge, "decided", None),
+            progress=self.progress,
+            description=f"{kind} prompts, {weights} weights",
+        )
+        verdicts: list[Verdict] = self.judge.judge(prompt_set.texts, texts)
+        if len(verdicts) != len(texts):
+            raise ValueError(
+                f"judge {self.judge.name!r} gave {len(verdicts)} verdicts on {len(texts)} responses; it must give one "
+                "each, in the same order"
+            )
+        return [
+            Response(kind, prompt.id, prompt.category, prompt.text, text, verdict.label, verdict.reason)
+            for prompt, text, verdict in zip(prompt_set.prompts, texts, verdicts, strict=True)
+        ]
+
+
+def _check_count(name: str, value, alternative: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be a whole number, at least 1 {alternative}".rstrip())
+
+
+def _build_judge(judge):
+    if isinstance(judge, str):
+        return KeywordJudge("default" if judge == "keywords" else judge)
+    if not callable(getattr(judge, "judge", None)) or not isinstance(getattr(judge, "name", None), str):
+        raise TypeError(
+            f"judge={judge!r}: give 'keywords', the name of a keyword list, or an object with a `name` and a method "
+            "`judge(prompts, responses)` that returns a Verdict for each"
+        )
+    return judge
+
+
+def _count(responses: Iterable[Response]) -> dict[str, int]:
+    counts = Counter(response.label for response in responses)
+    return {label: counts[label] for label in ("refusal", "compliance", "unclear")}
+
+
+def _count_by_category(responses: Sequence[Response]) -> dict[str, dict[str, int]]:
+    harmful = [response for response in responses if response.kind == "harmful"]
+    categories = dict.fromkeys(response.category for response in harmful if response.category)
+    return {name: _count(r for r in harmful if r.category == name) for name in categories}
