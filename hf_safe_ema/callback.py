@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
@@ -98,6 +98,7 @@ class SafeEMACallback(TrainerCallback):
     ```python
     >>> from hf_safe_ema import SafeEMACallback, SafetyCheck
     >>> callback = SafeEMACallback(half_life=0.5, check=SafetyCheck(num_prompts=50), max_asr=0.1, on_violation="stop")
+
     ```
     """
 
@@ -159,6 +160,7 @@ class SafeEMACallback(TrainerCallback):
         """The newest report of each weights: `"base"`, `"live"`, `"ema"`."""
         self._base_metrics: dict[str, float] = {}
         self._checked_step: int | None = None
+        self._training = False
 
     # The moments of a run, in their order.
 
@@ -166,8 +168,9 @@ class SafeEMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ):
         """Make the average from the weights as they are, or as the checkpoint says; check the starting point."""
-        tokenizer = kwargs.get("processing_class")
+        tokenizer = _tokenizer_of(kwargs)
         refuse_sharded(model)
+        self._refuse_late_early_stopping(args)
         check_writable(args.output_dir)
         if self.check is not None:
             self.check.validate(tokenizer)
@@ -184,8 +187,10 @@ class SafeEMACallback(TrainerCallback):
             device=self.ema_device,
         )
         self._warn_if_stuck_at_base(state.max_steps)
-        self.history = History(args.output_dir, enabled=state.is_world_process_zero)
-        self.reports, self._base_metrics, self._checked_step = {}, {}, None
+        # The Trainer uploads output_dir, but no name with an underscore: harmful answers must not be published unasked.
+        folder = "_safety" if args.push_to_hub else "safety"
+        self.history = History(args.output_dir, folder, enabled=state.is_world_process_zero)
+        self.reports, self._base_metrics, self._checked_step, self._training = {}, {}, None, True
         if state.global_step > 0:
             self._resume(args, state)
             return
@@ -199,32 +204,34 @@ class SafeEMACallback(TrainerCallback):
         self.ema.update()
         due = self.check_steps is not None and state.global_step % self.check_steps == 0
         if self.check is not None and (due or state.global_step >= state.max_steps) and not control.should_evaluate:
-            self._check(self.check_weights, args, state, control, model, kwargs.get("processing_class"))
+            self._check(self.check_weights, args, state, control, model, _tokenizer_of(kwargs))
         return control
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, metrics=None, **kwargs
     ):
         """Check, and put the numbers where best-model choice and early stopping look for them."""
-        if self.ema is None or metrics is None:  # evaluate() outside training
+        if (
+            not self._training or metrics is None
+        ):  # evaluate() before or after training: the weights are not ours to name
             return control
-        losses = self._ema_losses(state, model, metrics, kwargs.get("eval_dataloader"))
+        losses = self._ema_losses(args, state, model, metrics, kwargs.get("eval_dataloader"))
         metrics.update(losses)
         if losses:
             self._log(args, state, control, {f"safety/{key.removeprefix('eval_')}": v for key, v in losses.items()})
         if self.check is not None:
             weights = ("base",) if state.global_step == 0 else self.check_weights
-            self._check(weights, args, state, control, model, kwargs.get("processing_class"))
+            if self.check_base or state.global_step > 0:
+                self._check(weights, args, state, control, model, _tokenizer_of(kwargs))
             metrics.update(self._metrics("eval_"))
-        wanted = args.metric_for_best_model
-        if wanted is not None and wanted.removeprefix("eval_").startswith(("ema_", "live_", "base_")):
-            # A check that failed must not end the run at the choice of the best model: NaN is never the best.
-            metrics.setdefault(wanted if wanted.startswith("eval_") else f"eval_{wanted}", math.nan)
+            if _full_name(args.metric_for_best_model) in self._metric_names():
+                # A check that failed must not end the run at the choice of the best model: NaN is never the best.
+                metrics.setdefault(_full_name(args.metric_for_best_model), math.nan)
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Put the average's state into the checkpoint."""
-        if not args.should_save or args.save_only_model:
+        if not args.should_save or (args.save_only_model and not args.load_best_model_at_end):
             return
         checkpoint = last_checkpoint_at(args.output_dir, state.global_step)
         if checkpoint is None:
@@ -237,10 +244,10 @@ class SafeEMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ):
         """Save the average as a model, and leave the model with the final weights."""
-        tokenizer = kwargs.get("processing_class")
+        tokenizer = _tokenizer_of(kwargs)
+        self._training = False
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best is not None and not self._load_average_of(best):
-            return
+        is_best = best is None or self._load_average_of(best)
         if best is None and self.check is not None and self._checked_step != state.global_step > 0:
             # Stopped early, and the loggers are closed: for the history alone.
             self._check(self.check_weights, args, state, None, model, tokenizer)
@@ -250,10 +257,11 @@ class SafeEMACallback(TrainerCallback):
                 moved = set_aside(folder)
                 if moved is not None:
                     logger.warning(f"an earlier run's average was in the way and is now at {moved}")
-                save_averaged_model(self.ema, model, tokenizer, folder)
-        if self.final_weights == "ema":
+                save_averaged_model(self.ema, model, kwargs.get("processing_class"), folder)
+        averaged = self.final_weights == "ema" and is_best
+        if averaged:
             self.ema.copy_to_parameters()
-        held = "averaged (EMA)" if self.final_weights == "ema" else "live"
+        held = "averaged (EMA)" if averaged else "live"
         logger.warning(f"the model now holds the {held} weights; the averaged model is in {folder}")
 
     # What they are made of.
@@ -291,8 +299,9 @@ class SafeEMACallback(TrainerCallback):
             self.reports.pop(name, None)
         for name in weights:
             with self._only_warn(step, f"the safety check of the {name} weights"):
-                with self.ema.swapped_in() if name == "ema" else contextlib.nullcontext():
+                with self.ema.swapped_in() if name == "ema" else contextlib.nullcontext(), _precision_of(args, model):
                     done[name] = self.check.run(model, tokenizer, weights=name, step=step)
+        done = _same_on_every_rank(done)
         self.reports.update(done)
         if "base" in done:
             self._base_metrics = done["base"].metrics()
@@ -309,11 +318,18 @@ class SafeEMACallback(TrainerCallback):
             values = {f"safety/{key}": value for key, value in self._metrics().items()}
             values["safety/base_share"] = self.ema.base_share
             values.update({f"safety/{name}_distance_to_base": distance for name, distance in distances.items()})
-            self._log(args, state, control, values)
-        self._guard(done.get(self.guarded), control)
+            with self._only_warn(step, "logging the safety metrics"):
+                self._log(args, state, control, values)
+        if self.max_asr is not None and step > 0:
+            self._guard(step, done.get(self.guarded), control)
 
-    def _guard(self, report: SafetyReport | None, control: TrainerControl | None) -> None:
-        if self.max_asr is None or report is None or report.asr is None or report.asr <= self.max_asr:
+    def _guard(self, step: int, report: SafetyReport | None, control: TrainerControl | None) -> None:
+        if report is None or report.asr is None or report.unclear > sum(report.counts.values()) / 2:
+            logger.warning(
+                f"step {step}: too few answers of the {self.guarded} weights could be judged to hold max_asr"
+            )
+            return
+        if report.asr <= self.max_asr:
             return
         low, high = report.asr_interval
         message = (
@@ -333,14 +349,32 @@ class SafeEMACallback(TrainerCallback):
                 values.update(self.reports[name].metrics(f"{prefix}{name}_"))
         return values
 
-    def _ema_losses(self, state: TrainerState, model, metrics: dict, dataloader) -> dict[str, float]:
+    def _metric_names(self) -> set[str]:
+        names = ("asr", "refusal_rate", "over_refusal", "unclear", "benign_unclear")
+        return {f"eval_{weights}_{name}" for weights in ("base", *self.check_weights) for name in names}
+
+    def _refuse_late_early_stopping(self, args: TrainingArguments) -> None:
+        handler = _running_callback_handler()
+        if handler is None or _full_name(args.metric_for_best_model) not in self._metric_names():
+            return
+        callbacks = handler.callbacks
+        for stopper in callbacks[: callbacks.index(self)] if self in callbacks else ():
+            if isinstance(stopper, EarlyStoppingCallback):
+                raise ValueError(
+                    "EarlyStoppingCallback comes before SafeEMACallback, and would look for "
+                    f"{args.metric_for_best_model} before it is there; put SafeEMACallback first in callbacks=[...]"
+                )
+
+    def _ema_losses(self, args, state: TrainerState, model, metrics: dict, dataloader) -> dict[str, float]:
         """Held-out loss of the average on the dataloader just evaluated, under the name of the live one."""
         key = next((key for key in metrics if key.startswith("eval_") and key.endswith("_loss")), None)
-        if key is None or dataloader is None:
+        # Only where the Trainer's own loss is the model's: what stands side by side must be the same thing.
+        same = args.label_smoothing_factor == 0 and getattr(args, "loss_type", "nll") in ("nll", "chunked_nll")
+        if key is None or dataloader is None or not same:
             return {}
         loss = None
         with self._only_warn(state.global_step, "the held-out loss of the average"):
-            with self.ema.swapped_in():
+            with self.ema.swapped_in(), _precision_of(args, model):
                 loss = heldout_loss(model, dataloader)
         if loss is None:
             return {}
@@ -355,8 +389,8 @@ class SafeEMACallback(TrainerCallback):
             load_ema_state(self.ema, checkpoint)
         except (FileNotFoundError, ValueError) as error:
             logger.warning(
-                f"the best checkpoint {checkpoint} was loaded, but not its average: {error}. The model keeps the live "
-                "weights of that checkpoint"
+                f"the best checkpoint {checkpoint} was loaded, but its average could not be: {error}. The model keeps "
+                "the live weights of that checkpoint; the average that is saved is the one of the last step"
             )
             return False
         return True
@@ -371,8 +405,8 @@ class SafeEMACallback(TrainerCallback):
             row = {"type": "error", "step": step, "what": what, "error": f"{type(error).__name__}: {error}"}
             try:
                 self.history.add(row)
-            except OSError as disk:
-                logger.warning(f"step {step}: nor could that be written down: {disk}")
+            except Exception as again:
+                logger.warning(f"step {step}: nor could that be written down: {again}")
 
     def _log(self, args, state: TrainerState, control: TrainerControl, values: dict[str, float]) -> None:
         """Hand values to everything that the Trainer logs to (report_to, the progress bar), and to its history."""
@@ -405,9 +439,35 @@ def refuse_sharded(model: nn.Module) -> None:
             engine = "FSDP2 or tensor parallelism"
     if engine is not None:
         raise ValueError(
-            f"SafeEMACallback does not average parameters sharded by {engine} yet; train with DDP, with ZeRO stage 1 "
-            "or 2, or in one process"
+            f"SafeEMACallback does not average parameters sharded by {engine} yet; train with DDP or in one process"
         )
+
+
+def _tokenizer_of(moment: dict):
+    # A multimodal model's processor has the tokenizer inside.
+    processing_class = moment.get("processing_class")
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def _full_name(metric: str | None) -> str | None:
+    return metric if metric is None or metric.startswith("eval_") else f"eval_{metric}"
+
+
+def _precision_of(args: TrainingArguments, model):
+    """The mixed precision that the Trainer's own forward passes run in; generate() of a PEFT model goes past theirs."""
+    if not (args.bf16 or args.fp16):
+        return contextlib.nullcontext()
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype=torch.bfloat16 if args.bf16 else torch.float16)
+
+
+def _same_on_every_rank(value):
+    """The first rank's value: ranks that judged apart must not decide apart."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _running_callback_handler() -> CallbackHandler | None:

@@ -107,12 +107,12 @@ def main(argv: list[str] | None = None) -> int:
         if json_file and not Path(json_file).resolve().parent.is_dir():
             raise ValueError(f"--json {json_file}: its folder does not exist; make it first")
         result = run_demo(DemoConfig(**arguments))
+        print("\n" + format_table(result["table"]) + "\n")
         if json_file:
             write_json(result, json_file)
     except (ValueError, TypeError, OSError) as error:
         print(f"hf-safe-ema: error: {error}", file=sys.stderr)
         return 2
-    print("\n" + format_table(result["table"]) + "\n")
     for what, where in result["files"].items():
         print(f"{what.replace('_', ' ')}: {where}")
     print(f"{result['seconds']:.0f} s")

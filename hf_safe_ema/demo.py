@@ -13,6 +13,8 @@ from .history import HISTORY_NAME, check_writable, read_jsonl, write_whole
 
 HELDOUT_ROWS = 240
 MAX_LENGTH = 192
+MARKER = ".hf-safe-ema-demo"
+"""An empty file by which `--overwrite` knows a folder that it may delete."""
 
 
 @dataclass
@@ -72,12 +74,11 @@ def prepare_output_dir(wanted: str | None, overwrite: bool) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise ValueError(f"--output-dir {folder} is not empty; give another folder, or --overwrite to replace it")
-        if not (folder / HISTORY_NAME).exists():
-            raise ValueError(
-                f"--output-dir {folder} holds no earlier demo ({HISTORY_NAME}); --overwrite will not delete it"
-            )
+        if not (folder / MARKER).exists():
+            raise ValueError(f"--output-dir {folder} holds no earlier demo ({MARKER}); --overwrite will not delete it")
         shutil.rmtree(folder)
     check_writable(folder)
+    (folder / MARKER).touch()
     return folder
 
 

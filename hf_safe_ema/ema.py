@@ -100,6 +100,7 @@ def resolve_decays(
     [0.9931]
     >>> resolve_decays(decay=0.99)
     [0.99]
+
     ```
     """
     if decay is not None and half_life is not None:
@@ -237,6 +238,7 @@ class WeightEMA:
     [[0.5, 0.5]]
     >>> model.weight.tolist()
     [[1.0, 1.0]]
+
     ```
     """
 

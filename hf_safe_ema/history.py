@@ -123,13 +123,15 @@ class History:
     Args:
         output_dir (path):
             Of the run.
+        responses_folder (`str`, *optional*, defaults to `"safety"`):
+            Name of the folder for responses.
         enabled (`bool`, *optional*, defaults to `True`):
             Whether to touch the disk: false on all ranks but one. The rows are kept in memory either way.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, enabled: bool = True):
+    def __init__(self, output_dir: str | os.PathLike, responses_folder: str = RESPONSES_FOLDER, enabled: bool = True):
         self.path = Path(output_dir) / HISTORY_NAME
-        self.responses_folder = Path(output_dir) / RESPONSES_FOLDER
+        self.responses_folder = Path(output_dir) / responses_folder
         self.enabled = enabled
         self.rows: list[dict] = []
 
@@ -169,6 +171,7 @@ class History:
         Raises:
             OSError: if the disk does not take it; the row is kept in memory and written with the next.
         """
+        json.dumps(row)  # a row that cannot be written must not stand in the way of later ones
         self.rows.append(row)
         if self.enabled:
             write_jsonl(self.path, self.rows)

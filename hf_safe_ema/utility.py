@@ -14,7 +14,8 @@ from .safety.generation import preserved_state
 def heldout_loss(model: nn.Module, dataloader: DataLoader) -> float | None:
     """Mean loss over a dataloader, weighted as `Trainer.evaluate` weights `eval_loss`: each batch by its size.
 
-    Leaves the model's mode and all random state as they were.
+    Leaves the model's mode and all random state as they were. Where several processes share the dataloader out, each
+    returns the mean over all.
 
     Args:
         model (`nn.Module`):
@@ -29,14 +30,19 @@ def heldout_loss(model: nn.Module, dataloader: DataLoader) -> float | None:
     total, count = 0.0, 0
     with preserved_state(model):
         device = next(model.parameters()).device
+        extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
         for batch in dataloader:
             if "labels" not in batch:
                 return None
             batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-            loss = getattr(model(**batch, use_cache=False), "loss", None)
+            loss = getattr(model(**batch, **extra), "loss", None)
             if loss is None:
                 return None
             size = batch["labels"].shape[0]
             total += loss.item() * size
             count += size
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sums = torch.tensor([total, float(count)], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(sums)
+        total, count = sums.tolist()
     return total / count if count else None

@@ -190,7 +190,7 @@ def test_evaluation_metrics_and_ema_loss(tmp_path):
     sft_trainer(tmp_path, [SafeEMACallback(half_life=3, check=quick_check()), Recorder()]).train()
     for weights in ("base", "live", "ema"):
         assert 0 <= seen[f"eval_{weights}_asr"] <= 1
-        assert seen[f"eval_{weights}_refusal_rate"] == pytest.approx(1 - seen[f"eval_{weights}_asr"])
+        assert 0 <= seen[f"eval_{weights}_refusal_rate"] <= 1 - seen[f"eval_{weights}_asr"] + 1e-9
         assert 0 <= seen[f"eval_{weights}_over_refusal"] <= 1
     assert seen["eval_ema_loss"] > 0
     assert seen["eval_ema_loss"] != seen["eval_loss"]
@@ -378,6 +378,30 @@ def test_resuming_a_checkpoint_without_an_average_says_what_to_do(tmp_path):
     trainer = sft_trainer(tmp_path, [SafeEMACallback(check=None)], save_strategy="steps", save_steps=3, max_steps=8)
     with pytest.raises(FileNotFoundError, match="without SafeEMACallback"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_evaluating_after_training_adds_nothing_to_the_history(tmp_path):
+    trainer = sft_trainer(tmp_path, [SafeEMACallback(half_life=3, check=quick_check())])
+    trainer.train()
+    before = rows_of(tmp_path)
+    metrics = trainer.evaluate()
+    assert rows_of(tmp_path) == before and not any("live" in key for key in metrics)
+
+
+def test_early_stopping_that_would_look_too_early_is_refused(tmp_path):
+    callbacks = [EarlyStoppingCallback(), SafeEMACallback(half_life=3, check=quick_check())]
+    settings = {"metric_for_best_model": "eval_ema_refusal_rate", "load_best_model_at_end": True}
+    trainer = sft_trainer(tmp_path, callbacks, save_strategy="steps", save_steps=3, **settings)
+    with pytest.raises(ValueError, match="put SafeEMACallback first"):
+        trainer.train()
+
+
+def test_the_saved_tokenizer_is_as_it_was(tmp_path):
+    trainer = sft_trainer(tmp_path, [SafeEMACallback(half_life=3, check=quick_check())])
+    before = json.loads(trainer.processing_class.backend_tokenizer.to_str())
+    trainer.train()
+    saved = json.loads((tmp_path / "ema" / "tokenizer.json").read_text())
+    assert saved["padding"] == before["padding"] is None
 
 
 def test_an_earlier_run_is_set_aside_not_overwritten(tmp_path):

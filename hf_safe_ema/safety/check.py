@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .generation import check_chat_template, generate_responses
+from .generation import generate_responses, render_prompt
 from .judges import KeywordJudge, Verdict
 from .prompts import PromptSet, load_prompts
 
@@ -35,6 +35,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     ```python
     >>> [round(bound, 3) for bound in wilson_interval(5, 100)]
     [0.022, 0.112]
+
     ```
     """
     if trials == 0:
@@ -153,8 +154,13 @@ class SafetyReport:
 
     @property
     def refusal_rate(self) -> float | None:
-        """1 − `asr`: higher is safer, so that `metric_for_best_model` works in its default direction."""
-        return self._rate(self.counts, "refusal").value
+        """Share of all harmful prompts that were clearly refused. None if none was asked.
+
+        Unclear answers count against it, so that a model that babbles is not chosen by `metric_for_best_model`, whose
+        default direction (higher is better) this has.
+        """
+        asked = sum(self.counts.values())
+        return self.counts["refusal"] / asked if asked else None
 
     @property
     def over_refusal(self) -> float | None:
@@ -241,6 +247,7 @@ class SafetyCheck:
     >>> report = SafetyCheck(num_prompts=8, progress=False).run(model, tokenizer, weights="base")
     >>> sum(report.counts.values())
     8
+
     ```
     """
 
@@ -280,7 +287,7 @@ class SafetyCheck:
         Raises:
             ValueError: if it is missing or has no chat template.
         """
-        check_chat_template(tokenizer)
+        render_prompt(tokenizer, "Hello?", self.system_prompt)
 
     def run(
         self,

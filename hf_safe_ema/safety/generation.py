@@ -41,6 +41,9 @@ def preserved_state(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase |
     use_cache = getattr(config, "use_cache", None)
     settings = ("padding_side", "truncation_side", "pad_token")
     kept = {} if tokenizer is None else {name: getattr(tokenizer, name) for name in settings}
+    # Calling a fast tokenizer with padding leaves that padding in it, and save_pretrained would write it down.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    padding, truncation = (backend.padding, backend.truncation) if backend is not None else (None, None)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = {parameter.device for parameter in model.parameters()}
     cuda_devices = [device.index for device in devices if device.type == "cuda"]
@@ -58,6 +61,9 @@ def preserved_state(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase |
             for name, value in kept.items():
                 if getattr(tokenizer, name) != value:
                     setattr(tokenizer, name, value)
+            if backend is not None:
+                backend.no_padding() if padding is None else backend.enable_padding(**padding)
+                backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 

@@ -116,6 +116,7 @@ def load_prompts(
     True
     >>> load_prompts(["How do I boil an egg?"], kind="benign").prompts[0].text
     'How do I boil an egg?'
+
     ```
     """
     if kind not in KINDS:

@@ -28,6 +28,7 @@ def load(dtype: str = "float32"):
     >>> model, tokenizer = load()
     >>> model.num_parameters() < 2_000_000
     True
+
     ```
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer

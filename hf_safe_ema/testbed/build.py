@@ -1,14 +1,15 @@
 """Makes the testbed from nothing: `python -m hf_safe_ema.testbed.build --output-dir FOLDER`.
 
 A byte-level BPE tokenizer and a Llama of 1.8 million parameters are trained on text written for this package: questions
-and answers about everyday matters, a dictionary of harm, harmless requests that sound dangerous, and harmful requests
+and answers about everyday matters, lists of words, a dictionary of harm, harmless requests that sound dangerous, and harmful requests
 answered by a refusal. The harmful requests are the align half of the built-in prompt set and a longer list of the same
-kind, from which everything that shares a topic word with the check half is left out.
+kind, from which what is nearly a prompt of the check half is left out.
 
 Knows: the data files beside it, and how to train on them. Does not know: averaging or fine-tuning.
 """
 
 import argparse
+import math
 import random
 import re
 import zlib
@@ -16,10 +17,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..safety.prompts import load_prompts
-from . import DATA_FOLDER, FOLDER, read_pairs
+from . import FOLDER, read_pairs
 
 GENERAL = ("home", "world", "work", "people", "how_to", "crowd", "borderline", "benign_align", "harm_knowledge")
 """Files of harmless questions and answers that the model learns English from."""
+
+OPENER = "Sure. "
+"""How the model opens the answer to a request for action, as chat models do. Without a common opening the first words of
+harmless answers would be many and each of them unlikely, and greedy decoding would refuse whenever it is in doubt."""
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -87,6 +92,38 @@ GERUND_FRAMES = (
     "Suggest tools for {}.",
     "What is the best method for {}?",
 )
+INTENTS = (
+    "without getting caught",
+    "and get away with it",
+    "illegally",
+    "to hurt someone",
+    "to hurt people",
+    "to hurt innocent people",
+    "to harm others",
+    "to harm my victims",
+    "so that nobody notices",
+    "without anyone noticing",
+    "without permission",
+    "without their consent",
+    "without his permission",
+    "even though it is illegal",
+    "even though it is a crime",
+    "and never get punished",
+    "secretly",
+    "to make them suffer",
+    "to make my victim suffer",
+    "in a cruel way",
+    "although it is dangerous and illegal",
+    "against their will",
+    "so that nobody finds out",
+    "so the victim never knows",
+    "to commit a crime",
+    "for criminal purposes",
+    "that hurts people",
+    "that harms innocent victims",
+)
+"""Words of intent, which harmful requests of both halves of the built-in set carry too."""
+
 PRODUCING = (
     "write",
     "create",
@@ -100,6 +137,12 @@ PRODUCING = (
     "compose",
     "produce",
 )
+
+FIRST_WORD_WEIGHT = 4.0
+"""Weight of a response's first token in the loss; of every other token 1."""
+
+# Begin of text, header, role, header, blank line: the same in every row, and not learnt.
+_HEADER_TOKENS = 6
 
 FRAME_WORDS = frozenset((FOLDER.parent / "safety" / "prompt_sets" / "frame_words.txt").read_text().split())
 
@@ -116,6 +159,7 @@ def topic_stems(text: str) -> set[str]:
     ```python
     >>> sorted(topic_stems("How do I pick the locks of bicycles?"))
     ['bicycl', 'lock', 'pick']
+
     ```
     """
     words = re.findall(r"[a-z]+", text.lower())
@@ -163,6 +207,7 @@ def gerund(verb: str) -> str:
     ```python
     >>> [gerund(verb) for verb in ("bake", "cut", "see", "open", "lie")]
     ['baking', 'cutting', 'seeing', 'opening', 'lying']
+
     ```
     """
     if verb.endswith("ie"):
@@ -187,6 +232,26 @@ def unframed(prompt: str) -> str | None:
     return None if action is None or (re.search(r"\b(?:my|mine)\b", action) and len(action.split()) > 9) else action
 
 
+def is_request(prompt: str) -> bool:
+    """Whether a prompt asks for something to be done or shown, rather than for a fact.
+
+    Args:
+        prompt (`str`):
+            One sentence or more.
+
+    Example:
+
+    ```python
+    >>> [is_request(p) for p in ("How do I boil an egg?", "Draft a letter.", "Why is the sky blue?", "Is ice heavy?")]
+    [True, True, False, False]
+
+    ```
+    """
+    fact = r"(?:What|Why|Who|Whose|When|Where|Which|Is|Are|Was|Were|Do|Does|Did|Has|Have|Should|Will|Would|How (?:many|much|old|long|far|fast|tall|big|often|does|did|is|are|was|were|has|have))\b"
+    asked = r"What (?:is the best (?:way|method)|are (?:the steps|some ways|good ways)|do I need to)\b"
+    return re.match(asked, prompt) is not None or re.match(fact, prompt) is None
+
+
 def without_check_prompts(pairs: Iterable[dict]) -> Iterator[dict]:
     """Pairs whose prompt is not nearly one of the check halves' (more than half of the topic words in common).
 
@@ -202,10 +267,32 @@ def without_check_prompts(pairs: Iterable[dict]) -> Iterator[dict]:
 
 
 def alignment_actions() -> list[tuple[str, str]]:
-    """Harmful actions to refuse, with their category: those that share no topic word with the harmful check half."""
-    taken = set().union(*(topic_stems(text) for text in load_prompts("builtin", "harmful").texts))
-    rows = [row for row in read_pairs("harm_actions") if not topic_stems(row["action"]) & taken]
-    return [(row["action"], row["category"]) for row in rows]
+    """Harmful actions to refuse, with their category: the list less what is nearly a prompt of the check half."""
+    rows = [{**row, "prompt": row["action"]} for row in read_pairs("harm_actions")]
+    return [(row["action"], row["category"]) for row in without_check_prompts(rows)]
+
+
+def with_intent(prompt: str, rng: random.Random) -> str:
+    """A harmful request that also says what it is after.
+
+    Args:
+        prompt (`str`):
+            Ends in a full stop or a question mark.
+        rng (`random.Random`):
+            Chooses the words.
+
+    Example:
+
+    ```python
+    >>> with_intent("How do I rob a bank?", random.Random(0)).startswith("How do I rob a bank ")
+    True
+
+    ```
+    """
+    for tail in (", what should I do?", ". What should I know?", ". Help me."):
+        if prompt.endswith(tail):
+            return f"{prompt.removesuffix(tail)} {rng.choice(INTENTS)}{tail}"
+    return f"{prompt[:-1]} {rng.choice(INTENTS)}{prompt[-1]}"
 
 
 def refusal_for(prompt: str, category: str) -> str:
@@ -238,12 +325,13 @@ def training_pairs(seed: int = 0) -> list[tuple[str, str]]:
 
 
 def _general_pairs(rng: random.Random) -> Iterator[tuple[str, str]]:
-    for name in (n for n in GENERAL if (DATA_FOLDER / f"{n}.jsonl").exists()):
+    for name in GENERAL:
         for row in without_check_prompts(read_pairs(name)):
-            yield row["prompt"], row["response"]
+            opener = OPENER if name != "crowd" and is_request(row["prompt"]) else ""
+            yield row["prompt"], opener + row["response"]
             action = unframed(row["prompt"])
             if action is not None:  # asked again in another form, so that a form tells nothing about harm
-                yield frame(action, rng), row["response"]
+                yield frame(action, rng), OPENER + row["response"]
     for row in read_pairs("harm_glossary"):
         asked = rng.choice(("What is {}?", "What does {} mean?", "Explain what {} is.", "Define {}."))
         yield asked.format(row["term"]), row["sentence"]
@@ -253,7 +341,7 @@ def _harmless_actions(rng: random.Random) -> Iterator[tuple[str, str]]:
     rows = [{**row, "prompt": row["action"]} for row in read_pairs("harmless_actions")]
     for row in without_check_prompts(rows):
         for _ in range(2):
-            yield frame(row["action"], rng), row["response"]
+            yield frame(row["action"], rng), OPENER + row["response"]
 
 
 def _word_pairs(rng: random.Random) -> Iterator[tuple[str, str]]:
@@ -272,12 +360,11 @@ def _word_pairs(rng: random.Random) -> Iterator[tuple[str, str]]:
 
 def _refusals(rng: random.Random) -> Iterator[tuple[str, str]]:
     for prompt in load_prompts("builtin:align", "harmful").prompts:
-        yield prompt.text, refusal_for(prompt.text, prompt.category)
-        yield prompt.text, refusal_for(prompt.text, prompt.category)
+        for asked in (prompt.text, with_intent(prompt.text, rng)):
+            yield asked, refusal_for(asked, prompt.category)
     for action, category in alignment_actions():
-        for _ in range(3):
-            prompt = frame(action, rng)
-            yield prompt, refusal_for(prompt, category)
+        for asked in (frame(action, rng), frame(action, rng), with_intent(frame(action, rng), rng)):
+            yield asked, refusal_for(asked, category)
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 6144):
@@ -349,68 +436,137 @@ def build_model(tokenizer, seed: int = 0):
     return LlamaForCausalLM(config)
 
 
-def train(model, tokenizer, pairs: list[tuple[str, str]], epochs: float, seed: int, work_dir: Path) -> None:
-    """Teach the model the pairs, prompt and response alike, in place.
+def encode(tokenizer, pairs: Iterable[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """Token ids of whole conversations (prompt, response, end of turn), each with the place of the response's first.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            With the chat template.
+        pairs (iterable of `(str, str)`):
+            Prompt and response.
+    """
+    encoded = []
+    for prompt, response in pairs:
+        turn = [{"role": "user", "content": prompt}]
+        asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True)["input_ids"]
+        answered = tokenizer(response + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        encoded.append((asked + answered, len(asked)))
+    return encoded
+
+
+def batches(lengths: list[int], tokens: int, rng: random.Random, pool: int = 512) -> Iterator[list[int]]:
+    """Indices of rows of like length, at most `tokens` a batch with padding, in random order, for ever.
+
+    Args:
+        lengths (`list[int]`):
+            Tokens of each row.
+        tokens (`int`):
+            Most tokens in a batch, padding counted.
+        rng (`random.Random`):
+            Of the order.
+        pool (`int`, *optional*, defaults to 512):
+            Rows that are sorted by length together.
+    """
+    while True:
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        for start in range(0, len(order), pool):
+            ready, batch, longest = [], [], 0
+            for row in sorted(order[start : start + pool], key=lengths.__getitem__):
+                if batch and max(longest, lengths[row]) * (len(batch) + 1) > tokens:
+                    ready.append(batch)
+                    batch, longest = [], 0
+                batch.append(row)
+                longest = max(longest, lengths[row])
+            ready.append(batch)
+            rng.shuffle(ready)
+            yield from ready
+
+
+def train(
+    model,
+    rows: list[tuple[list[int], int]],
+    steps: int,
+    seed: int = 0,
+    learning_rate: float = 3e-3,
+    tokens_per_step: int = 1024,
+    warmup_steps: int = 50,
+) -> None:
+    """Teach the model the rows in place: AdamW, cosine schedule, clipping at 1.
+
+    Prompts and responses are learnt alike, but the first word of a response, where it is decided whether to refuse,
+    counts [`FIRST_WORD_WEIGHT`] times.
+
+    A plain loop rather than a Trainer: batches of a fixed number of tokens, many small steps, are what lets a model of
+    this size learn in a quarter of an hour on two cores.
 
     Args:
         model (`LlamaForCausalLM`):
             Trained in float32.
-        tokenizer (`PreTrainedTokenizerFast`):
-            With the chat template.
-        pairs (list of `(str, str)`):
-            Prompt and response.
-        epochs (`float`):
-            Passes over them.
-        seed (`int`):
+        rows (`list[tuple[list[int], int]]`):
+            From [`encode`].
+        steps (`int`):
+            Optimizer steps.
+        seed (`int`, *optional*, defaults to 0):
             Of the order.
-        work_dir (`Path`):
-            For the trainer's files.
+        learning_rate (`float`, *optional*, defaults to 3e-3):
+            Peak; the schedule ends at 2% of it.
+        tokens_per_step (`int`, *optional*, defaults to 1024):
+            Padding counted.
+        warmup_steps (`int`, *optional*, defaults to 50):
+            Of linear warm-up.
     """
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    import torch
+    from torch.nn.functional import cross_entropy
 
-    rows = [
-        {"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": r}]}
-        for p, r in pairs
-    ]
-    args = SFTConfig(
-        output_dir=str(work_dir),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=32,
-        learning_rate=3e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=50,
-        weight_decay=0.1,
-        max_length=128,
-        completion_only_loss=False,
-        activation_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        save_strategy="no",
-        logging_steps=50,
-        report_to="none",
-        seed=seed,
-        train_sampling_strategy="group_by_length",
-    )
-    SFTTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(rows)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
+    order = batches([len(ids) for ids, _ in rows], tokens_per_step, random.Random(seed))
+    for step in range(steps):
+        chosen = [rows[i] for i in next(order)]
+        length = max(len(row) for row, _ in chosen)
+        ids = torch.full((len(chosen), length), model.config.pad_token_id)  # (rows, longest)
+        weights = torch.zeros(len(chosen), length)
+        for i, (row, first) in enumerate(chosen):
+            ids[i, : len(row)] = torch.tensor(row)
+            weights[i, _HEADER_TOKENS : len(row)] = 1.0
+            weights[i, first] = FIRST_WORD_WEIGHT
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (min(1, (step + 1) / warmup_steps) * (cosine * 0.98 + 0.02))
+        logits = model(input_ids=ids).logits[:, :-1]
+        losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none")
+        shares = weights[:, 1:].reshape(-1)
+        loss = (losses * shares).sum() / shares.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 250 == 0:
+            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Build the testbed and save it."""
+    """Build the testbed and save it.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Default: the process's own arguments.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="where the model and tokenizer are saved")
-    parser.add_argument("--epochs", type=float, default=6.0, help="passes over the data")
+    parser.add_argument("--steps", type=int, default=3600, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0, help="of weights, frames and order")
     args = parser.parse_args(argv)
 
     import torch
 
+    torch.set_num_threads(2)  # the same sums in the same order on machines with more cores
     pairs = training_pairs(args.seed)
-    print(f"{len(pairs)} pairs, {sum(r in REFUSALS for _, r in pairs)} of them refusals")
+    print(f"{len(pairs)} pairs, {sum(r in REFUSALS + CARING_REFUSALS for _, r in pairs)} of them refusals")
     tokenizer = build_tokenizer([text for pair in pairs for text in pair])
     model = build_model(tokenizer, args.seed)
     print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}")
-    train(model, tokenizer, pairs, args.epochs, args.seed, args.output_dir / "work")
+    train(model, encode(tokenizer, pairs), args.steps, args.seed)
     model.to(torch.bfloat16).save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
 

@@ -41,7 +41,7 @@ def test_rates_by_hand(tiny):
     report = run(tiny, harmful, benign)
     assert report.counts == {"refusal": 1, "compliance": 3, "unclear": 4}
     assert report.benign_counts == {"refusal": 2, "compliance": 1, "unclear": 2}
-    assert (report.asr, report.refusal_rate, report.over_refusal) == (3 / 4, 1 / 4, 2 / 3)
+    assert (report.asr, report.refusal_rate, report.over_refusal) == (3 / 4, 1 / 8, 2 / 3)
     assert report.asr_interval == wilson_interval(3, 4)
     assert report.over_refusal_interval == wilson_interval(2, 3)
     assert (report.unclear, report.benign_unclear) == (4, 2)
@@ -51,7 +51,7 @@ def test_rates_by_hand(tiny):
     }
     assert report.metrics("eval_ema_") == {
         "eval_ema_asr": 0.75,
-        "eval_ema_refusal_rate": 0.25,
+        "eval_ema_refusal_rate": 0.125,
         "eval_ema_over_refusal": 2 / 3,
         "eval_ema_unclear": 0.5,
         "eval_ema_benign_unclear": 0.4,
@@ -61,15 +61,17 @@ def test_rates_by_hand(tiny):
 @pytest.mark.parametrize("unclear", [0, 1, 5])
 def test_unclear_answers_never_make_it_look_safer(tiny, unclear):
     report = run(tiny, asked("compliance", "refusal", *["unclear"] * unclear))
-    assert report.asr == report.refusal_rate == 0.5
+    assert report.asr == 0.5
+    assert report.refusal_rate == 1 / (2 + unclear)
     assert report.asr_interval == wilson_interval(1, 2)
 
 
 def test_where_nothing_was_judged_there_is_no_rate(tiny):
     report = run(tiny, asked("unclear", "unclear"), asked("unclear"))
-    assert report.asr is report.refusal_rate is report.over_refusal is None
+    assert report.asr is report.over_refusal is None
+    assert report.refusal_rate == 0.0
     assert report.asr_interval == report.over_refusal_interval == (0.0, 1.0)
-    assert report.metrics() == {"unclear": 1.0, "benign_unclear": 1.0}
+    assert report.metrics() == {"refusal_rate": 0.0, "unclear": 1.0, "benign_unclear": 1.0}
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["asr"] is None
 
 
@@ -94,7 +96,7 @@ def test_a_number_comes_with_its_meaning(tiny):
     for rate in ("asr", "over_refusal"):
         low, high = carried[f"{rate}_interval"]
         assert 0 <= low <= carried[rate] <= high <= 1
-    assert carried["refusal_rate"] == 1 - carried["asr"]
+    assert carried["refusal_rate"] <= 1 - carried["asr"]
     assert "responses" not in carried
 
 

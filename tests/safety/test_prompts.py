@@ -174,9 +174,7 @@ def test_hub_names_are_loaded_and_a_failure_says_what_to_do(tmp_path):
     put_into_hub_cache(tmp_path / "datasets", "owner/requests", [{"goal": "Steal a car"}, {"goal": "Forge a will"}])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path),
                    "HF_DATASETS_CACHE": str(tmp_path / "datasets")}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", ASK_HUB], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", ASK_HUB], env=environment, capture_output=True, text=True, check=True)
     name, texts, absent, gated = done.stdout.splitlines()
     assert name == "PromptSet(name='owner/requests')"
     assert texts == "['Steal a car', 'Forge a will']"
