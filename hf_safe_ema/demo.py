@@ -41,7 +41,7 @@ class DemoConfig:
     model: str = "testbed"
     train_file: str | None = None
     prompts_file: str | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     batch_size: int = 8
     steps: int = 200
     half_life: int | float | None = None
