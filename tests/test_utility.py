@@ -95,7 +95,7 @@ class NoLoss(nn.Module):
         super().__init__()
         self.layer = nn.Linear(1, 1)
 
-    def forward(self, labels, use_cache):
+    def forward(self, labels):
         return CausalLMOutput(logits=self.layer(labels))
 
 
