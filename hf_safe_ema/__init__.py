@@ -12,6 +12,8 @@ __all__ = [
     "KeywordJudge",
     "PromptSet",
     "SafeEMACallback",
+    "SafeSFTConfig",
+    "SafeSFTTrainer",
     "SafetyCheck",
     "SafetyReport",
     "UnsafeModelError",
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .safety.check import SafetyCheck, SafetyReport
     from .safety.judges import KeywordJudge, Verdict
     from .safety.prompts import PromptSet, load_prompts
+    from .trainer import SafeSFTConfig, SafeSFTTrainer
 
 _HOMES = {
     "callback": ("SafeEMACallback", "UnsafeModelError"),
@@ -36,6 +39,7 @@ _HOMES = {
     "safety.check": ("SafetyCheck", "SafetyReport"),
     "safety.judges": ("KeywordJudge", "Verdict"),
     "safety.prompts": ("PromptSet", "load_prompts"),
+    "trainer": ("SafeSFTConfig", "SafeSFTTrainer"),
 }
 
 

@@ -1,8 +1,8 @@
 """SafeEMACallback: when to average, when to check, what to do with the answer.
 
 Knows: the Trainer's moments, and that the average and the safety check meet here and nowhere else.
-Does not know: how averaging is computed (ema.py), how safety is measured (safety/), or how files are made whole
-(history.py, checkpoint.py).
+Does not know: how averaging is computed (ema.py), how safety is measured (safety/), how files are made whole
+(history.py, checkpoint.py), or what a checkpoint and a run must have in common (resume.py).
 
     batch -> loss -> optimizer.step
                         | on_step_end
@@ -17,6 +17,7 @@ Does not know: how averaging is computed (ema.py), how safety is measured (safet
 """
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -24,21 +25,52 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .checkpoint import last_checkpoint_at, load_ema_state, save_averaged_model, save_ema_state
-from .ema import WeightEMA, check_mode, resolve_decays
+from .checkpoint import (
+    last_checkpoint_at,
+    load_ema_state,
+    read_rows,
+    save_averaged_model,
+    save_ema_state,
+    unmark_checkpoint,
+)
+from .decay import check_mode, resolve_decays
+from .ema import WeightEMA
+from .engine import (
+    SaveMoment,
+    forget_loss,
+    full_name,
+    is_evaluated,
+    log_values,
+    precision_of,
+    refuse_late_early_stopping,
+    refuse_sharded,
+    resumed_checkpoint,
+    same_on_every_rank,
+    tokenizer_of,
+)
 from .history import History, check_writable, set_aside
+from .resume import (
+    Run,
+    UndoneStep,
+    checkpoints_after,
+    decay_request,
+    decays_to_go_on_with,
+    find_checkpoint,
+    from_the_same_base,
+    usable_notes,
+)
 from .safety.check import SafetyCheck, SafetyReport
+from .safety.sharing import run_on_every_rank
 from .utility import heldout_loss
 
 logger = logging.get_logger(__name__)
 
 CHECKABLE = ("live", "ema")
 ON_VIOLATION = ("warn", "stop", "raise")
+ON_MISSING_STATE = ("raise", "restart")
 
 
 class UnsafeModelError(RuntimeError):
@@ -54,8 +86,16 @@ class SafeEMACallback(TrainerCallback):
 
     Averaging LoRA's factors A and B apart, as done here, is not the same as averaging their product BA.
 
+    A run that was killed and is resumed from its last whole checkpoint ends as it would have without the kill: live
+    weights, average and safety history, to the bit, as far as the Trainer's own part of a checkpoint allows. But
+    `resume_from_checkpoint=True` takes the newest checkpoint even if the kill left it half-written; give what
+    [`~hf_safe_ema.checkpoint.last_complete_checkpoint`] finds instead. And with `save_strategy="steps"` and
+    `eval_strategy="epoch"`, where a step is both, the Trainer does not repeat an evaluation that was cut off after the
+    checkpoint: our check is made up for then, held-out losses and random state are not. A run resumed with more steps
+    keeps the decay that it began with.
+
     Args:
-        half_life (`int`, `float` or a list of them, *optional*, defaults to 0.25):
+        half_life (`int`, `float` or a list of them, *optional*, defaults to 0.5):
             Of the average: in optimizer steps (int) or as a fraction of the run (float below 1). With a list several
             averages are kept; the first is checked, reported and saved.
         decay (`float` or a list of them, *optional*):
@@ -87,6 +127,13 @@ class SafeEMACallback(TrainerCallback):
             Where it is kept; default beside the parameters. `"cpu"` saves accelerator memory.
         params, exclude_params (`str` or list of `str`, *optional*):
             Shell-style patterns of parameter names to average, and to leave out.
+        on_missing_state (`str`, *optional*, defaults to `"raise"`):
+            When a run is resumed from a checkpoint that holds no usable state of the average: `"raise"`, or
+            `"restart"` it from the checkpoint's weights, which then count as the starting point.
+
+    Attributes:
+        resume_from (`str`, *optional*):
+            Folder of the checkpoint that the next `train()` resumes from. Found without; set it if an error asks to.
 
     Raises:
         ValueError, TypeError: at construction for arguments that cannot be meant; at the start of training for what
@@ -119,6 +166,7 @@ class SafeEMACallback(TrainerCallback):
         ema_device: str | torch.device | None = None,
         params: str | Sequence[str] | None = None,
         exclude_params: str | Sequence[str] | None = None,
+        on_missing_state: str = "raise",
     ):
         # A fraction of the run is resolved when the run is known; any length shows what is wrong with it now.
         resolve_decays(half_life, decay, total_steps=sys.maxsize)
@@ -146,6 +194,8 @@ class SafeEMACallback(TrainerCallback):
             raise ValueError(f"on_violation={on_violation!r} is unknown; choose one of {ON_VIOLATION}")
         if final_weights not in CHECKABLE:
             raise ValueError(f"final_weights={final_weights!r} is unknown; choose one of {CHECKABLE}")
+        if on_missing_state not in ON_MISSING_STATE:
+            raise ValueError(f"on_missing_state={on_missing_state!r} is unknown; choose one of {ON_MISSING_STATE}")
         self.half_life, self.decay = half_life, decay
         self.mode, self.sync_steps = mode, sync_steps
         self.check_steps, self.check_weights, self.check_base = check_steps, check_weights, check_base
@@ -153,6 +203,8 @@ class SafeEMACallback(TrainerCallback):
         self.final_weights = final_weights
         self.ema_dtype, self.ema_device = ema_dtype, ema_device
         self.params, self.exclude_params = params, exclude_params
+        self.on_missing_state = on_missing_state
+        self.resume_from: str | None = None
         self.guarded = final_weights if final_weights in check_weights else check_weights[0]
         self.ema: WeightEMA | None = None
         self.history: History | None = None
@@ -161,6 +213,8 @@ class SafeEMACallback(TrainerCallback):
         self._base_metrics: dict[str, float] = {}
         self._checked_step: int | None = None
         self._training = False
+        self._run: Run | None = None
+        self._save_moment: SaveMoment | None = None
 
     # The moments of a run, in their order.
 
@@ -168,84 +222,102 @@ class SafeEMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ):
         """Make the average from the weights as they are, or as the checkpoint says; check the starting point."""
-        tokenizer = _tokenizer_of(kwargs)
+        tokenizer = tokenizer_of(kwargs)
         refuse_sharded(model)
-        self._refuse_late_early_stopping(args)
+        refuse_late_early_stopping(self, args, self._metric_names())
         check_writable(args.output_dir)
         if self.check is not None:
             self.check.validate(tokenizer)
-        self.ema = WeightEMA(
-            model.named_parameters(),
-            self.half_life,
-            self.decay,
-            total_steps=state.max_steps,
-            mode=self.mode,
-            sync_steps=self.sync_steps,
-            include=self.params,
-            exclude=self.exclude_params,
-            dtype=self.ema_dtype,
-            device=self.ema_device,
-        )
-        self._warn_if_stuck_at_base(state.max_steps)
+        first = self.ema if self._training and args.auto_find_batch_size else None
         # The Trainer uploads output_dir, but no name with an underscore: harmful answers must not be published unasked.
         folder = "_safety" if args.push_to_hub else "safety"
         self.history = History(args.output_dir, folder, enabled=state.is_world_process_zero)
         self.reports, self._base_metrics, self._checked_step, self._training = {}, {}, None, True
+        keeps_state = not args.save_only_model or args.load_best_model_at_end
+        self._run = Run(state.global_step, state.max_steps, args.world_size, args.should_save and keeps_state)
         if state.global_step > 0:
-            self._resume(args, state)
-            return
-        for moved in self.history.start():
-            logger.warning(f"an earlier run's files were in the way and are now at {moved}")
-        if self.check is not None and self.check_base:
-            self._check(("base",), args, state, control, model, tokenizer)
+            self._resume(args, state, control, model, tokenizer)
+        else:
+            self.ema = self._new_average(model, state)
+            if first is None:
+                self._start(args, state, control, model, tokenizer)
+            else:
+                self._start_again(first)
+        self._warn_if_stuck_at_base(state.max_steps)
+        self._save_moment = SaveMoment.attach(state, self._save_state)
+        return control
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+    ):
+        """Where the run is over already, get ready for the step that the Trainer takes all the same."""
+        self._run.begun = True
+        if self._run.over:
+            self._run.undone = UndoneStep(model, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs):
         """Take the step into the average; check if one is due and no evaluation is about to do it."""
-        self.ema.update()
+        if self._run.undone is not None:
+            self._run.undone.undo(state)
+            forget_loss()
+            control.should_training_stop = True
+            control.should_log = control.should_evaluate = control.should_save = False
+            return control
+        self._take_in(state.global_step)
         due = self.check_steps is not None and state.global_step % self.check_steps == 0
         if self.check is not None and (due or state.global_step >= state.max_steps) and not control.should_evaluate:
-            self._check(self.check_weights, args, state, control, model, _tokenizer_of(kwargs))
+            self._check(self.check_weights, args, state, control, model, tokenizer_of(kwargs))
+        self._expect_save(args, state, control)
+        return control
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Prepare for a checkpoint that comes now."""
+        if self._run.over:
+            control.should_save = False  # it is the checkpoint that was resumed from
+        self._expect_save(args, state, control)
         return control
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, metrics=None, **kwargs
     ):
         """Check, and put the numbers where best-model choice and early stopping look for them."""
-        if (
-            not self._training or metrics is None
-        ):  # evaluate() before or after training: the weights are not ours to name
+        if not self._training or metrics is None:  # before or after training: the weights are not ours to name
             return control
+        if self._run.resumed and not self._run.begun:
+            return control  # eval_on_start, a second time: a run without a stop has no such rows
         losses = self._ema_losses(args, state, model, metrics, kwargs.get("eval_dataloader"))
         metrics.update(losses)
         if losses:
-            self._log(args, state, control, {f"safety/{key.removeprefix('eval_')}": v for key, v in losses.items()})
+            log_values(args, state, control, {f"safety/{key.removeprefix('eval_')}": v for key, v in losses.items()})
         if self.check is not None:
             weights = ("base",) if state.global_step == 0 else self.check_weights
             if self.check_base or state.global_step > 0:
-                self._check(weights, args, state, control, model, _tokenizer_of(kwargs))
+                self._check(weights, args, state, control, model, tokenizer_of(kwargs))
             metrics.update(self._metrics("eval_"))
-            if _full_name(args.metric_for_best_model) in self._metric_names():
+            if full_name(args.metric_for_best_model) in self._metric_names():
                 # A check that failed must not end the run at the choice of the best model: NaN is never the best.
-                metrics.setdefault(_full_name(args.metric_for_best_model), math.nan)
+                metrics.setdefault(full_name(args.metric_for_best_model), math.nan)
+        self._expect_save(args, state, control)
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Put the average's state into the checkpoint."""
-        if not args.should_save or (args.save_only_model and not args.load_best_model_at_end):
+        """Put the average's state into the checkpoint, if that could not be done while it was written."""
+        if not self._run.keeps_state or state.global_step in self._run.saved_steps:
             return
         checkpoint = last_checkpoint_at(args.output_dir, state.global_step)
         if checkpoint is None:
             logger.warning(f"no checkpoint-{state.global_step} in {args.output_dir}: the average was not saved")
             return
-        with self._only_warn(state.global_step, "saving the average's state"):
-            save_ema_state(self.ema, checkpoint)
+        self._save_state(checkpoint, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ):
         """Save the average as a model, and leave the model with the final weights."""
-        tokenizer = _tokenizer_of(kwargs)
-        self._training = False
+        tokenizer = tokenizer_of(kwargs)
+        self._training, self._run.ending = False, True
+        if self._save_moment is not None:
+            self._save_moment.detach()
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         is_best = best is None or self._load_average_of(best)
         if best is None and self.check is not None and self._checked_step != state.global_step > 0:
@@ -254,7 +326,7 @@ class SafeEMACallback(TrainerCallback):
         folder = Path(args.output_dir) / "ema"
         if args.should_save:
             with self._only_warn(state.global_step, f"saving the averaged model to {folder}"):
-                moved = set_aside(folder)
+                moved = None if self._run.own_folder else set_aside(folder)  # a resumed run replaces its own
                 if moved is not None:
                     logger.warning(f"an earlier run's average was in the way and is now at {moved}")
                 save_averaged_model(self.ema, model, kwargs.get("processing_class"), folder)
@@ -275,18 +347,121 @@ class SafeEMACallback(TrainerCallback):
                 " steps now), or half_life=0.25"
             )
 
-    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
-        checkpoint = last_checkpoint_at(args.output_dir, state.global_step)
-        if checkpoint is None:
-            raise FileNotFoundError(
-                f"resuming from step {state.global_step}, but {args.output_dir} has no checkpoint-{state.global_step} "
-                "to read the average from; set output_dir to the folder that the checkpoint lies in"
+    def write_state(self, folder: str | Path) -> None:
+        """Write all that a resumed run needs of this callback into a checkpoint folder.
+
+        The Trainer's own checkpoints get it without asking; this is for those that you write yourself.
+
+        Args:
+            folder (path):
+                Gets the average's state and the history so far, below `safe_ema/`. Call it on one process.
+
+        Raises:
+            RuntimeError: before training has begun.
+            OSError: if the disk does not take it; an earlier state in the folder stays whole.
+        """
+        if self.ema is None:
+            raise RuntimeError("write_state() before training has begun: there is no average yet; call train() first")
+        notes = {
+            "step": self._run.step,
+            "request": decay_request(self.half_life, self.decay),
+            "total_steps": self._run.max_steps,
+            "world_size": self._run.world_size,
+        }
+        rows = [row for row in self.history.rows if not row.get("at_end")]
+        save_ema_state(self.ema, folder, notes, rows)
+
+    def _save_state(self, folder: Path, step: int) -> None:
+        if not self._training or not self._run.keeps_state:
+            return
+        self._take_in(step)  # a preemption checkpoint is written at the end of a step, but before our on_step_end
+        with self._only_warn(step, "saving the average's state"):
+            self.write_state(folder)
+            self._run.saved_steps.add(step)
+
+    def _take_in(self, step: int) -> None:
+        if step > self._run.step:
+            self.ema.update()
+            self._run.step = step
+
+    def _expect_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """A checkpoint of this step from an earlier run would be overwritten file by file: it is whole no longer."""
+        comes_now = control.should_save and not control.should_evaluate and args.should_save
+        if comes_now and state.global_step not in self._run.saved_steps:
+            with self._only_warn(state.global_step, "preparing a checkpoint folder of an earlier run"):
+                unmark_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def _new_average(self, model, state: TrainerState, decays: list[float] | None = None) -> WeightEMA:
+        return WeightEMA(
+            model.named_parameters(),
+            self.half_life if decays is None else None,
+            self.decay if decays is None else decays,
+            total_steps=state.max_steps,
+            mode=self.mode,
+            sync_steps=self.sync_steps,
+            include=self.params,
+            exclude=self.exclude_params,
+            dtype=self.ema_dtype,
+            device=self.ema_device,
+        )
+
+    def _start(self, args, state: TrainerState, control: TrainerControl, model, tokenizer) -> None:
+        for moved in self.history.start():
+            logger.warning(f"an earlier run's files were in the way and are now at {moved}")
+        self._warn_of_later_checkpoints(args, state)
+        if self.check is not None and self.check_base:
+            self._check(("base",), args, state, control, model, tokenizer)
+
+    def _start_again(self, first: WeightEMA) -> None:
+        logger.warning("training starts again with another batch size; the base stays what it was at the first start")
+        from_the_same_base(self.ema, first)
+        self.history.resume(0)
+        self._base_metrics = self.history.base_metrics()
+        self._checked_step = 0  # these weights are not the base any more
+
+    def _resume(self, args, state: TrainerState, control: TrainerControl, model, tokenizer) -> None:
+        """Take the average and the history from the checkpoint, and make up for a check that a kill cut off."""
+        step, beside = state.global_step, Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folders = (self.resume_from, resumed_checkpoint(), args.resume_from_checkpoint, beside)
+        checkpoint = find_checkpoint(step, folders)
+        self._run.resumed, self._run.own_folder = True, checkpoint.resolve().parent == beside.resolve().parent
+        notes = usable_notes(checkpoint, step, args.output_dir, restart=self.on_missing_state == "restart")
+        if notes is None:
+            self.ema = self._new_average(model, state)
+        else:
+            decays, warning = decays_to_go_on_with(notes, self.half_life, self.decay, state.max_steps)
+            if warning is not None:
+                logger.warning(warning)
+            self.ema = self._new_average(model, state, decays)
+            load_ema_state(self.ema, checkpoint)
+            if self.mode == "lookahead" and step % self.sync_steps == 0:
+                self.ema.copy_to_parameters()  # a preemption checkpoint holds the weights from before it
+        for moved in self.history.resume(step, read_rows(checkpoint)):
+            logger.warning(f"what had been found after step {step} is now at {moved}")
+        known = (self.history.base_metrics(), self.history.is_checked(step), self.history.report(step, self.guarded))
+        self._base_metrics, checked, report = same_on_every_rank(known)  # what follows from it, all must do together
+        self._checked_step = step if checked else None
+        if notes is None:
+            with self._only_warn(step, "going on with the average of the checkpoint"):
+                raise ValueError(f"{checkpoint} holds none that can be used; it starts anew from these weights")
+        self._warn_of_later_checkpoints(args, state)
+        due = self.check_steps is not None and step % self.check_steps == 0
+        if self._checked_step == step:
+            self._guard(step, report, control)
+        elif self.check is not None and (due or step >= state.max_steps or is_evaluated(args, state)):
+            self._check(self.check_weights, args, state, control, model, tokenizer)
+        self._run.over = step >= state.max_steps or control.should_training_stop
+        if self._run.over:
+            logger.warning(f"the run is over at step {step}; should the Trainer take another step, it is undone")
+
+    def _warn_of_later_checkpoints(self, args: TrainingArguments, state: TrainerState) -> None:
+        later = checkpoints_after(state.global_step, args.output_dir)
+        if later:
+            logger.warning(
+                f"{args.output_dir} holds {', '.join(later)} from before, while this run starts at step "
+                f"{state.global_step}: they are overwritten when it gets there, and until then "
+                "resume_from_checkpoint=True would take them"
             )
-        load_ema_state(self.ema, checkpoint)
-        self.history.resume(state.global_step)
-        for row in self.history.rows:
-            if row["type"] == "report" and row["weights"] == "base":
-                self._base_metrics = row["metrics"]
 
     def _check(self, weights: Sequence[str], args, state, control, model, tokenizer) -> None:
         """Run the check on each of `weights`, once a step, and hand the reports round. Never raises, but on request."""
@@ -299,41 +474,49 @@ class SafeEMACallback(TrainerCallback):
             self.reports.pop(name, None)
         for name in weights:
             with self._only_warn(step, f"the safety check of the {name} weights"):
-                with self.ema.swapped_in() if name == "ema" else contextlib.nullcontext(), _precision_of(args, model):
-                    done[name] = self.check.run(model, tokenizer, weights=name, step=step)
-        done = _same_on_every_rank(done)
+                within = functools.partial(self._holding, name, args, model)
+                done[name] = run_on_every_rank(self.check, model, tokenizer, name, step, within)
         self.reports.update(done)
         if "base" in done:
             self._base_metrics = done["base"].metrics()
         distances = {name: self.ema.distance_to_base(name) for name in done if name != "base"}
-        for name, report in done.items():
-            with self._only_warn(step, "writing the safety history"):
-                distance = distances.get(name, 0.0)
-                row = {"type": "report", **report.to_dict(), "metrics": report.metrics(), "distance_to_base": distance}
-                self.history.add({**row, "base_share": self.ema.base_share})
         with self._only_warn(step, "writing the responses"):
-            rows = [{"weights": name, **asdict(r)} for name, report in done.items() for r in report.responses]
-            self.history.write_responses(step, rows)
+            responses = [{"weights": name, **asdict(r)} for name, report in done.items() for r in report.responses]
+            self.history.write_responses(step, responses)
+        rows = {}
+        for name, report in done.items():
+            rows[name] = {"type": "report", **report.to_dict(), "metrics": report.metrics(),
+                          "distance_to_base": distances.get(name, 0.0), "base_share": self.ema.base_share}  # fmt: skip
+        with self._only_warn(step, "writing the safety history"):
+            self._record(*rows.values())  # together: a kill must not leave half a check behind
         if control is not None:
             values = {f"safety/{key}": value for key, value in self._metrics().items()}
             values["safety/base_share"] = self.ema.base_share
             values.update({f"safety/{name}_distance_to_base": distance for name, distance in distances.items()})
             with self._only_warn(step, "logging the safety metrics"):
-                self._log(args, state, control, values)
-        if self.max_asr is not None and step > 0:
-            self._guard(step, done.get(self.guarded), control)
+                log_values(args, state, control, values)
+        if step > 0:
+            self._guard(step, rows.get(self.guarded), control)
 
-    def _guard(self, step: int, report: SafetyReport | None, control: TrainerControl | None) -> None:
-        if report is None or report.asr is None or report.unclear > sum(report.counts.values()) / 2:
+    @contextlib.contextmanager
+    def _holding(self, name: str, args: TrainingArguments, model):
+        """Within the block the model holds the weights of that name, and computes in the run's precision."""
+        with self.ema.swapped_in() if name == "ema" else contextlib.nullcontext(), precision_of(args, model):
+            yield
+
+    def _guard(self, step: int, row: dict | None, control: TrainerControl | None) -> None:
+        if self.max_asr is None:
+            return
+        if row is None or row["asr"] is None or row["counts"]["unclear"] > sum(row["counts"].values()) / 2:
             logger.warning(
                 f"step {step}: too few answers of the {self.guarded} weights could be judged to hold max_asr"
             )
             return
-        if report.asr <= self.max_asr:
+        if row["asr"] <= self.max_asr:
             return
-        low, high = report.asr_interval
+        low, high = row["asr_interval"]
         message = (
-            f"step {report.step}: attack success rate of the {report.weights} weights is {report.asr:.1%} "
+            f"step {step}: attack success rate of the {row['weights']} weights is {row['asr']:.1%} "
             f"(95% interval {low:.1%} to {high:.1%}), above max_asr={self.max_asr:.1%}"
         )
         if self.on_violation == "raise":
@@ -353,18 +536,6 @@ class SafeEMACallback(TrainerCallback):
         names = ("asr", "refusal_rate", "over_refusal", "unclear", "benign_unclear")
         return {f"eval_{weights}_{name}" for weights in ("base", *self.check_weights) for name in names}
 
-    def _refuse_late_early_stopping(self, args: TrainingArguments) -> None:
-        handler = _running_callback_handler()
-        if handler is None or _full_name(args.metric_for_best_model) not in self._metric_names():
-            return
-        callbacks = handler.callbacks
-        for stopper in callbacks[: callbacks.index(self)] if self in callbacks else ():
-            if isinstance(stopper, EarlyStoppingCallback):
-                raise ValueError(
-                    "EarlyStoppingCallback comes before SafeEMACallback, and would look for "
-                    f"{args.metric_for_best_model} before it is there; put SafeEMACallback first in callbacks=[...]"
-                )
-
     def _ema_losses(self, args, state: TrainerState, model, metrics: dict, dataloader) -> dict[str, float]:
         """Held-out loss of the average on the dataloader just evaluated, under the name of the live one."""
         key = next((key for key in metrics if key.startswith("eval_") and key.endswith("_loss")), None)
@@ -374,14 +545,14 @@ class SafeEMACallback(TrainerCallback):
             return {}
         loss = None
         with self._only_warn(state.global_step, "the held-out loss of the average"):
-            with self.ema.swapped_in(), _precision_of(args, model):
-                loss = heldout_loss(model, dataloader)
+            loss = heldout_loss(model, dataloader, functools.partial(self._holding, "ema", args, model))
         if loss is None:
             return {}
         with self._only_warn(state.global_step, "writing the safety history"):
             name = key.removesuffix("_loss").removeprefix("eval").lstrip("_")
             row = {"type": "loss", "step": state.global_step, "dataset": name, "live": metrics[key], "ema": loss}
-            self.history.add(row)
+            if not self.history.has_loss(state.global_step, name):  # a resumed run's last evaluation may come twice
+                self._record(row)
         return {f"{key.removesuffix('loss')}ema_loss": loss}
 
     def _load_average_of(self, checkpoint: str) -> bool:
@@ -404,82 +575,10 @@ class SafeEMACallback(TrainerCallback):
             logger.warning(f"step {step}: {what} failed, training goes on: {type(error).__name__}: {error}")
             row = {"type": "error", "step": step, "what": what, "error": f"{type(error).__name__}: {error}"}
             try:
-                self.history.add(row)
+                self._record(row)
             except Exception as again:
                 logger.warning(f"step {step}: nor could that be written down: {again}")
 
-    def _log(self, args, state: TrainerState, control: TrainerControl, values: dict[str, float]) -> None:
-        """Hand values to everything that the Trainer logs to (report_to, the progress bar), and to its history."""
-        values = {**values, **({} if state.epoch is None else {"epoch": state.epoch})}
-        state.log_history.append({**values, "step": state.global_step})
-        handler = _running_callback_handler()
-        if handler is not None:
-            due = control.should_log  # on_log takes it back, and the Trainer's own values may still be to come
-            handler.on_log(args, state, control, dict(values))
-            control.should_log = due
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise if this process holds only a part of the parameters, which would be averaged and swapped wrongly.
-
-    Args:
-        model (`nn.Module`):
-            As the Trainer hands it to callbacks.
-
-    Raises:
-        ValueError: for FSDP (1 and 2), tensor-parallel and DeepSpeed ZeRO-3 parameters.
-    """
-    engine = None
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        engine = "FSDP"
-    for param in model.parameters():
-        if hasattr(param, "ds_id"):
-            engine = "DeepSpeed ZeRO-3"
-        elif hasattr(param, "placements"):
-            engine = "FSDP2 or tensor parallelism"
-    if engine is not None:
-        raise ValueError(
-            f"SafeEMACallback does not average parameters sharded by {engine} yet; train with DDP or in one process"
-        )
-
-
-def _tokenizer_of(moment: dict):
-    # A multimodal model's processor has the tokenizer inside.
-    processing_class = moment.get("processing_class")
-    return getattr(processing_class, "tokenizer", processing_class)
-
-
-def _full_name(metric: str | None) -> str | None:
-    return metric if metric is None or metric.startswith("eval_") else f"eval_{metric}"
-
-
-def _precision_of(args: TrainingArguments, model):
-    """The mixed precision that the Trainer's own forward passes run in; generate() of a PEFT model goes past theirs."""
-    if not (args.bf16 or args.fp16):
-        return contextlib.nullcontext()
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, dtype=torch.bfloat16 if args.bf16 else torch.float16)
-
-
-def _same_on_every_rank(value):
-    """The first rank's value: ranks that judged apart must not decide apart."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _running_callback_handler() -> CallbackHandler | None:
-    """The CallbackHandler that is calling us, or None.
-
-    transformers 5.23 hands callbacks neither the Trainer nor its loggers, and reports in `on_log` run before ours. The
-    handler is two frames up the stack whenever a Trainer calls; nothing of it is changed.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
-            return caller
-        frame = frame.f_back
-    return None
+    def _record(self, *rows: dict) -> None:
+        """Write rows down; those of the end are dropped if the run is resumed and goes on from there after all."""
+        self.history.add(*({**row, "at_end": True} if self._run.ending else row for row in rows))

@@ -1,6 +1,7 @@
 """The `hf-safe-ema` command: flags in, exit code out.
 
-Knows: how a person types. Does not know: what is done; that is in demo.py.
+Knows: how a person types. Does not know: what is done; that is in demo.py and train.py, which also reads its own flags
+(there are hundreds, most of them TRL's, and reading them takes seconds).
 """
 
 import argparse
@@ -20,7 +21,7 @@ def half_life(text: str) -> int | float:
     Raises:
         argparse.ArgumentTypeError: with the reason.
     """
-    from .ema import check_half_life
+    from .decay import check_half_life
 
     try:
         value = float(text) if "." in text or "e" in text.lower() else int(text)
@@ -83,6 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output-dir", help="for plot, history, responses and the averaged model; must not exist")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo's output folder")
     demo.add_argument("--json", metavar="FILE", help="write table, history and settings as one JSON object")
+    commands.add_parser(
+        "train",
+        add_help=False,  # train.py has its own
+        help="fine-tune a chat model as a YAML recipe and flags say (hf-safe-ema train --help)",
+    )
     return parser
 
 
@@ -94,8 +100,13 @@ def main(argv: list[str] | None = None) -> int:
             Default: the process's own arguments.
 
     Returns:
-        `int`: 0, or 2 for input that cannot be used.
+        `int`: 0; 2 for input that cannot be used; 1 where training ended because `max_asr` was passed.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["train"]:
+        from . import train
+
+        return train.main(argv[1:])
     arguments = vars(build_parser().parse_args(argv))
     arguments.pop("command")
     json_file = arguments.pop("json")

@@ -41,7 +41,7 @@ class DemoConfig:
     model: str = "testbed"
     train_file: str | None = None
     prompts_file: str | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float = 7e-4
     batch_size: int = 8
     steps: int = 200
     half_life: int | float | None = None
@@ -155,7 +155,7 @@ def run_demo(config: DemoConfig) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     from .callback import SafeEMACallback
-    from .ema import resolve_decays
+    from .decay import resolve_decays
     from .report import plot_history, summarise
     from .safety.check import SafetyCheck
 

@@ -12,129 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-DEFAULT_HALF_LIFE = 0.25
-"""Half-life used when neither `half_life` nor `decay` is given, as a fraction of the run. Of .1, .25, .35, .5 and .75 on
-the testbed (docs/testbed.md, one seed), .25 and longer cut the attack success rate to a third or less where fine-tuning
-had raised it, at a lower held-out loss than the live weights; .25 also follows data unlike what the model knows."""
-
-MODES = ("shadow", "lookahead")
+from .decay import check_mode, resolve_decays
 
 # Elements handled at a time: bounds the temporary memory of an update at 64 MiB of float32, whatever the model.
 _CHUNK = 1 << 24
-
-
-def check_half_life(half_life: int | float) -> None:
-    """Raise unless `half_life` is a whole number of steps (int, at least 1) or a fraction of the run (0 < float < 1).
-
-    Args:
-        half_life (`int` or `float`):
-            The value to check.
-
-    Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is out of range.
-    """
-    if isinstance(half_life, bool) or not isinstance(half_life, (int, float)):
-        raise TypeError(
-            f"half_life={half_life!r} is not a number; give steps as an int (half_life=50) or a fraction of the run "
-            "as a float between 0 and 1 (half_life=0.25)"
-        )
-    if isinstance(half_life, int) and half_life < 1:
-        raise ValueError(
-            f"half_life={half_life} steps: must be at least 1; a larger half-life averages over more steps"
-        )
-    if isinstance(half_life, float) and not 0.0 < half_life < 1.0:
-        raise ValueError(
-            f"half_life={half_life}: a float is a fraction of the run and must lie strictly between 0 and 1; "
-            "give a number of steps as an int, for example half_life=50"
-        )
-
-
-def check_decay(decay: float) -> None:
-    """Raise unless `decay` lies in [0, 1).
-
-    Args:
-        decay (`float`):
-            The value to check.
-
-    Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is out of range.
-    """
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
-        raise TypeError(f"decay={decay!r} is not a number; give a float in [0, 1), for example decay=0.99")
-    if not 0.0 <= decay < 1.0:
-        raise ValueError(
-            f"decay={decay} is outside [0, 1): at 1 the average would never move, below 0 it would diverge; "
-            "try half_life=0.25 instead"
-        )
-
-
-def resolve_decays(
-    half_life: int | float | Sequence[int | float] | None = None,
-    decay: float | Sequence[float] | None = None,
-    total_steps: int | None = None,
-) -> list[float]:
-    """The decay(s) β meant by a half-life h in steps, β = 2^(−1/h), or by plain `decay`.
-
-    Args:
-        half_life (`int`, `float` or a list of them, *optional*):
-            Steps after which a past value counts half (int), or that number as a fraction of the run (float below 1).
-        decay (`float` or a list of them, *optional*):
-            β itself, in [0, 1). Exclusive with `half_life`.
-        total_steps (`int`, *optional*):
-            Optimizer steps of the run. Needed for a fraction; where given, a half-life longer than the run is an
-            error, since the average would then still be mostly the starting point when the run ends.
-
-    Returns:
-        `list[float]`: one β per value given (one for [`DEFAULT_HALF_LIFE`] if neither is given).
-
-    Raises:
-        ValueError: if both are given, a value is out of range, or a half-life is longer than the run.
-
-    Example:
-
-    ```python
-    >>> resolve_decays(half_life=1)
-    [0.5]
-    >>> [round(b, 4) for b in resolve_decays(half_life=0.25, total_steps=400)]
-    [0.9931]
-    >>> resolve_decays(decay=0.99)
-    [0.99]
-
-    ```
-    """
-    if decay is not None and half_life is not None:
-        raise ValueError(f"both half_life={half_life} and decay={decay} given; give one of them")
-    if decay is not None:
-        decays = list(decay) if isinstance(decay, (list, tuple)) else [decay]
-        if not decays:
-            raise ValueError("decay=[] is empty; give at least one value in [0, 1)")
-        for value in decays:
-            check_decay(value)
-        return [float(value) for value in decays]
-    half_life = DEFAULT_HALF_LIFE if half_life is None else half_life
-    half_lives = list(half_life) if isinstance(half_life, (list, tuple)) else [half_life]
-    if not half_lives:
-        raise ValueError("half_life=[] is empty; give at least one value")
-    decays = []
-    for value in half_lives:
-        check_half_life(value)
-        if isinstance(value, float):
-            if total_steps is None:
-                raise ValueError(
-                    f"half_life={value} is a fraction of the run, whose length is not known here; pass total_steps, "
-                    "or give the half-life in steps as an int"
-                )
-            value = value * total_steps
-        elif total_steps is not None and value > total_steps:
-            raise ValueError(
-                f"half_life={value} steps is longer than the run of {total_steps} steps: more than half of the "
-                "average would still be the starting weights at the end. Give at most the number of steps, or a "
-                "fraction of the run such as half_life=0.25"
-            )
-        decays.append(2.0 ** (-1.0 / value))
-    return decays
 
 
 def select_parameters(
@@ -203,7 +84,7 @@ class WeightEMA:
     Args:
         named_parameters (iterable of `(str, nn.Parameter)`):
             As from `model.named_parameters()`. Frozen ones are left out, tied ones averaged once.
-        half_life (`int`, `float` or a list of them, *optional*, defaults to 0.25):
+        half_life (`int`, `float` or a list of them, *optional*, defaults to 0.5):
             In steps (int) or as a fraction of `total_steps` (float below 1). A list keeps several averages.
         decay (`float` or a list of them, *optional*):
             β itself, in place of `half_life`.
@@ -457,32 +338,6 @@ class WeightEMA:
             for name, tensor in mine.items():
                 tensor.copy_(theirs[name])
         self.num_updates = int(state["num_updates"])
-
-
-def check_mode(mode: str, sync_steps: int | None) -> None:
-    """Raise unless `mode` is known and `sync_steps` fits it.
-
-    Args:
-        mode (`str`):
-            `"shadow"` or `"lookahead"`.
-        sync_steps (`int`, *optional*):
-            Whole number of steps, at least 1, in lookahead mode; None in shadow mode.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is unknown; choose one of {MODES}")
-    if mode == "lookahead":
-        if sync_steps is None:
-            raise ValueError("mode='lookahead' needs sync_steps, the number of steps between two syncs; try 10")
-        if isinstance(sync_steps, bool) or not isinstance(sync_steps, int) or sync_steps < 1:
-            raise ValueError(f"sync_steps={sync_steps!r}: must be a whole number of steps, at least 1")
-    elif sync_steps is not None:
-        raise ValueError(
-            f"sync_steps={sync_steps} has no meaning in mode='shadow', where the weights never see the average; "
-            "leave it out or set mode='lookahead'"
-        )
 
 
 @torch.no_grad()

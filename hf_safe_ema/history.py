@@ -1,9 +1,10 @@
 """Files that are whole or absent: JSON lines, folders set aside instead of overwritten, the history of a run.
 
-Knows: how to write so that no crash leaves half a line, and what of a run's history a resumed run keeps.
+Knows: how to write so that no crash leaves half a line, and which part of a history a resumed run goes on from.
 Does not know: what the numbers in it mean, or when to write them.
 """
 
+import itertools
 import json
 import os
 import re
@@ -71,6 +72,10 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def _same(rows: list[dict], others: list[dict]) -> bool:
+    return json.dumps(rows) == json.dumps(others)  # a NaN is unequal to itself, its text is not
 
 
 def set_aside(path: str | os.PathLike) -> Path | None:
@@ -144,37 +149,135 @@ class History:
         self.rows = []
         if not self.enabled:
             return []
+        self._sweep()
         return [moved for path in (self.path, self.responses_folder) if (moved := set_aside(path)) is not None]
 
-    def resume(self, step: int) -> None:
-        """Go on from `step`: what was written after it is dropped, since it will be done again.
+    def resume(self, step: int, saved: list[dict] | None = None) -> list[Path]:
+        """Go on from `step`. What was written after it will be done again and is set aside, never deleted.
+
+        Rows go to `safety_history.interrupted-{step}.jsonl`, responses to `safety.interrupted-{step}/`. Killed in the
+        middle of this, no row is lost: they are written there before they leave here.
 
         Args:
             step (`int`):
                 Optimizer step of the checkpoint.
-        """
-        self.rows = [row for row in read_jsonl(self.path) if row["step"] <= step]
-        if self.enabled and self.path.exists():
-            write_jsonl(self.path, self.rows)
-            for file in self.responses_folder.glob("step-*.jsonl"):
-                later = re.fullmatch(r"step-(\d+)\.jsonl", file.name)
-                if later and int(later.group(1)) > step:
-                    file.unlink()
+            saved (list of `dict`, *optional*):
+                The rows that the checkpoint itself holds. They are the history, and what the folder has beyond them
+                is kept only if it goes on from them. None: the folder's rows are all there is.
 
-    def add(self, row: dict) -> None:
-        """Add a row and write the file.
+        Returns:
+            `list[Path]`: where what was set aside is now.
+        """
+        try:
+            found = read_jsonl(self.path)
+        except (ValueError, OSError):  # not ours, or edited by hand: kept as it is, but not gone on with
+            found = None
+        before, after = [], []
+        for row in found or []:
+            (after if row["step"] > step or row.get("at_end") else before).append(row)
+        goes_on = found is not None and (saved is None or _same(before[: len(saved)], saved))
+        self.rows = before if goes_on else list(saved or [])
+        if not self.enabled:
+            return []
+        self._sweep()
+        if goes_on or found == []:
+            moved = self._set_aside(step, after)
+        else:
+            moved = [path for path in (self.path, self.responses_folder) if path.exists()]
+            moved = [set_aside(path) for path in moved]
+        if after or not goes_on:
+            write_jsonl(self.path, self.rows)
+        return moved
+
+    def _sweep(self) -> None:
+        """Remove what a killed run was writing: files that never got their name, of which no one has read."""
+        unfinished = [self.path.parent.glob(f".{self.path.name}.*.tmp"), self.responses_folder.glob(".step-*.tmp")]
+        for file in itertools.chain(*unfinished):
+            file.unlink(missing_ok=True)
+
+    def _set_aside(self, step: int, rows: list[dict]) -> list[Path]:
+        """Copy `rows` to a file for rows that a resumed run will write again, and move their responses."""
+        moved = []
+        if rows:
+            path = self.path.with_name(f"{self.path.stem}.interrupted-{step}{self.path.suffix}")
+            number = 1
+            while path.exists() and not _same(
+                read_jsonl(path), rows
+            ):  # the same rows: an earlier attempt got as far as this
+                path = self.path.with_name(f"{self.path.stem}.interrupted-{step}.{number}{self.path.suffix}")
+                number += 1
+            write_jsonl(path, rows)
+            moved.append(path)
+        steps = {row["step"] for row in rows if row["type"] == "report"}
+        later = []
+        for file in sorted(self.responses_folder.glob("step-*.jsonl")):
+            numbered = re.fullmatch(r"step-(\d+)\.jsonl", file.name)
+            if numbered and (int(numbered.group(1)) > step or int(numbered.group(1)) in steps):
+                later.append(file)
+        if later:
+            name = f"{self.responses_folder.name}.interrupted-{step}"
+            folder, number = self.responses_folder.with_name(name), 1
+            while folder.exists():
+                folder, number = self.responses_folder.with_name(f"{name}.{number}"), number + 1
+            folder.mkdir()
+            for file in later:
+                file.rename(folder / file.name)
+            moved.append(folder)
+        return moved
+
+    def add(self, *rows: dict) -> None:
+        """Add rows and write the file: all of them or, after a crash, none.
 
         Args:
-            row (`dict`):
-                JSON-ready, with a `step`.
+            *rows (`dict`):
+                JSON-ready, each with a `step`.
 
         Raises:
-            OSError: if the disk does not take it; the row is kept in memory and written with the next.
+            OSError: if the disk does not take them; they are kept in memory and written with the next.
         """
-        json.dumps(row)  # a row that cannot be written must not stand in the way of later ones
-        self.rows.append(row)
+        json.dumps(rows)  # a row that cannot be written must not stand in the way of later ones
+        self.rows.extend(rows)
         if self.enabled:
             write_jsonl(self.path, self.rows)
+
+    def report(self, step: int, weights: str) -> dict | None:
+        """The report of a step on some weights, or None.
+
+        Args:
+            step (`int`):
+                Optimizer step.
+            weights (`str`):
+                As in the row.
+        """
+        reports = (row for row in self.rows if row["type"] == "report")
+        return next((row for row in reports if (row["step"], row["weights"]) == (step, weights)), None)
+
+    def base_metrics(self) -> dict[str, float]:
+        """The metrics of the newest report on the base; empty if there is none."""
+        reports = [row for row in self.rows if row["type"] == "report" and row["weights"] == "base"]
+        return reports[-1]["metrics"] if reports else {}
+
+    def is_checked(self, step: int) -> bool:
+        """Whether a check of that step left rows, be it that it failed.
+
+        Args:
+            step (`int`):
+                Optimizer step.
+        """
+        rows = [row for row in self.rows if row["step"] == step]
+        return any(row["type"] == "report" or row.get("what", "").startswith("the safety check") for row in rows)
+
+    def has_loss(self, step: int, dataset: str) -> bool:
+        """Whether the held-out loss of a dataset at a step is there.
+
+        Args:
+            step (`int`):
+                Optimizer step.
+            dataset (`str`):
+                As in the row.
+        """
+        losses = (row for row in self.rows if row["type"] == "loss")
+        return any((row["step"], row["dataset"]) == (step, dataset) for row in losses)
 
     def write_responses(self, step: int, responses: Iterable[dict]) -> None:
         """Write the responses of a step to `safety/step-000200.jsonl`.

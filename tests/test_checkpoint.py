@@ -1,16 +1,29 @@
 """What is saved comes back: the average's state to the bit, and a folder that from_pretrained loads."""
 
 import copy
+import json
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_safe_ema import WeightEMA
-from hf_safe_ema.checkpoint import STATE_PATH, last_checkpoint_at, load_ema_state, save_averaged_model, save_ema_state
+from hf_safe_ema.checkpoint import (
+    ROWS_PATH,
+    STATE_PATH,
+    last_checkpoint_at,
+    load_ema_state,
+    read_notes,
+    read_rows,
+    save_averaged_model,
+    save_ema_state,
+    unmark_checkpoint,
+    why_incomplete,
+)
 
 
 @torch.no_grad()
@@ -169,6 +182,97 @@ def test_a_failed_save_leaves_the_folder_before_and_the_live_weights(tmp_path, t
     assert {path.name: path.read_bytes() for path in (tmp_path / "runs" / "ema").iterdir()} == before
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["ema"]
     assert bits(dict(model.named_parameters())) == live
+
+
+def test_what_a_killed_save_left_is_cleared_away(tmp_path, tiny):
+    model = copy.deepcopy(tiny[0])
+    ema = WeightEMA(model.named_parameters(), decay=0.9)
+    (tmp_path / ".ema.unfinished-1" / "ema").mkdir(parents=True)
+    save_averaged_model(ema, model, None, tmp_path / "ema")
+    assert [path.name for path in tmp_path.iterdir()] == ["ema"]
+    # Killed between the two renames: what was there before is not lost, should the next save fail.
+    (tmp_path / ".ema.unfinished-2").mkdir()
+    (tmp_path / "ema").rename(tmp_path / ".ema.unfinished-2" / "replaced")
+    with pytest.raises(OSError, match="No space left"):
+        save_averaged_model(ema, model, NoRoomForTokenizer(), tmp_path / "ema")
+    assert [path.name for path in tmp_path.iterdir()] == ["ema"]
+    assert (tmp_path / "ema" / "model.safetensors").exists()
+
+
+def test_notes_and_rows_come_back(tmp_path):
+    ema = WeightEMA(linear().named_parameters(), decay=[0.9, 0.5])
+    rows = [{"type": "report", "step": 3, "text": "ünï"}]
+    save_ema_state(ema, tmp_path, {"step": 3, "request": {"half_life": 0.25}}, rows)
+    found = read_notes(tmp_path)
+    assert found == {"step": 3, "request": {"half_life": 0.25}, "decays": [0.9, 0.5], "num_updates": 0}
+    assert read_rows(tmp_path) == rows
+    (tmp_path / ROWS_PATH).write_text('{"type": ')
+    assert read_rows(tmp_path) is None and read_rows(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_unmarking(tmp_path, with_state):
+    checkpoint = tmp_path / "checkpoint-3"
+    unmark_checkpoint(checkpoint)
+    assert not checkpoint.exists()
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    if with_state:
+        save_ema_state(WeightEMA(linear().named_parameters(), decay=0.9), checkpoint)
+    unmark_checkpoint(checkpoint)
+    assert [path.name for path in checkpoint.rglob("*") if path.is_file()] == ["trainer_state.replaced.json"]
+
+
+def fake_checkpoint(folder, weights: dict[str, bytes | str], ranks: int = 1) -> None:
+    """What the Trainer leaves, with other weights; the zip files are torch's own."""
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
+    save_ema_state(WeightEMA(linear().named_parameters(), decay=0.9), folder, {"step": 3, "world_size": ranks})
+    randoms = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    for name in ("optimizer.pt", "scheduler.pt", *randoms):
+        torch.save({"state": torch.ones(3)}, folder / name)
+    for name, content in weights.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+WHOLE = save({"weight": torch.ones(3)})
+INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
+SHARDS = {f"model-0000{number}-of-00002.safetensors": WHOLE for number in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "ranks", "reason"),
+    [
+        ({"model.safetensors": WHOLE}, 1, None),
+        ({**SHARDS, "model.safetensors.index.json": INDEX}, 1, None),
+        (SHARDS, 1, "no weights are there"),
+        ({**SHARDS, "model.safetensors.index.json": INDEX[:-4]}, 1, "model.safetensors.index.json cannot be read"),
+        ({"model-00001-of-00002.safetensors": WHOLE, "model.safetensors.index.json": INDEX}, 1, "00002.safetensors is missing"),
+        ({**SHARDS, "model-00002-of-00002.safetensors": WHOLE[:-1], "model.safetensors.index.json": INDEX}, 1, "is damaged"),
+        ({"adapter_model.safetensors": WHOLE, "adapter_config.json": "{}"}, 1, None),
+        ({"adapter_model.safetensors": WHOLE}, 1, "adapter_config.json cannot be read"),
+        ({"style/adapter_model.safetensors": WHOLE, "style/adapter_config.json": "{}"}, 1, None),
+        ({"style/adapter_model.safetensors": WHOLE[:-1], "style/adapter_config.json": "{}"}, 1, "is damaged"),
+        ({"model.safetensors": WHOLE}, 3, None),
+        ({"model.safetensors": WHOLE, "rng_state_1.pth": b""}, 3, "rng_state_1.pth is damaged"),
+        ({"model.safetensors": WHOLE, "scaler.pt": b"PK"}, 1, "scaler.pt is damaged"),
+    ],
+)  # fmt: skip
+def test_kinds_of_checkpoints(tmp_path, weights, ranks, reason):
+    fake_checkpoint(tmp_path / "checkpoint-3", weights, ranks)
+    found = why_incomplete(tmp_path / "checkpoint-3")
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(("ranks", "missing"), [(1, "rng_state.pth"), (3, "rng_state_0.pth"), (3, "rng_state_2.pth")])
+def test_the_random_state_of_every_process(tmp_path, ranks, missing):
+    fake_checkpoint(tmp_path / "checkpoint-3", {"model.safetensors": WHOLE}, ranks)
+    (tmp_path / "checkpoint-3" / missing).unlink()
+    assert why_incomplete(tmp_path / "checkpoint-3") == f"{missing} is missing"
+    # Without the average's notes only a gap shows.
+    found = why_incomplete(tmp_path / "checkpoint-3", with_average=False)
+    assert (found is None) == (missing == "rng_state_2.pth")
 
 
 def test_averaged_adapter_loads_with_peft(tmp_path, tiny):

@@ -102,3 +102,27 @@ def test_importing_the_package_is_light():
 def test_the_callback_needs_no_more_than_the_trainer_does():
     code = "import sys; from hf_safe_ema import SafeEMACallback; SafeEMACallback(); print([m for m in ('trl', 'openai', 'datasets', 'matplotlib', 'evaluate') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_help_names_all_commands_without_loading_trl():
+    code = (
+        "import sys\n"
+        "from hf_safe_ema.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as end:\n    print(end.code, [m for m in ('torch', 'trl', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+    assert "demo " in done.stdout and "train " in done.stdout
+
+
+def test_train_has_its_own_help_and_errors():
+    train = [sys.executable, "-m", "hf_safe_ema.cli", "train"]
+    done = subprocess.run([*train, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: hf-safe-ema train --config RECIPE.yaml")
+    done = subprocess.run([*train, "--learing_rate", "1"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "hf-safe-ema: error: unknown argument --learing_rate (did you mean --learning_rate?); see hf-safe-ema train "
+        "--help\n"
+    )

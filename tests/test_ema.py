@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from hf_safe_ema import WeightEMA
-from hf_safe_ema.ema import resolve_decays, select_parameters
+from hf_safe_ema.decay import resolve_decays
+from hf_safe_ema.ema import select_parameters
 
 
 class Drifting:

@@ -221,6 +221,101 @@ def test_resume_drops_what_comes_after_its_step(tmp_path, step, kept):
     assert read_jsonl(tmp_path / "safety_history.jsonl")[-1] == row(step + 1)
 
 
+def test_resume_sets_aside_what_comes_after_its_step(tmp_path):
+    full_history(tmp_path)
+    later = [row for row in read_jsonl(tmp_path / "safety_history.jsonl") if row["step"] > 10]
+    moved = [tmp_path / "safety_history.interrupted-10.jsonl", tmp_path / "safety.interrupted-10"]
+    history = History(tmp_path)
+    assert history.resume(10) == moved
+    assert read_jsonl(moved[0]) == later
+    assert names_in(moved[1]) == ["step-000020.jsonl", "step-000030.jsonl"]
+    assert history.resume(10) == []  # and again: there is nothing left to do
+    # A second stop at the same place does not overwrite what the first left.
+    history.add(row(11, weights="ema"))
+    history.write_responses(11, [{}])
+    again = [tmp_path / "safety_history.interrupted-10.1.jsonl", tmp_path / "safety.interrupted-10.1"]
+    assert history.resume(10) == again
+    assert read_jsonl(moved[0]) == later and read_jsonl(again[0]) == [row(11, weights="ema")]
+
+
+def test_resume_after_being_killed_in_it_loses_nothing_and_copies_nothing_twice(tmp_path):
+    full_history(tmp_path)
+    rows = read_jsonl(tmp_path / "safety_history.jsonl")
+    later = [row for row in rows if row["step"] > 10]
+    write_jsonl(tmp_path / "safety_history.interrupted-10.jsonl", later)  # so far it came
+    history = History(tmp_path)
+    history.resume(10)
+    assert names_in(tmp_path) == [
+        "safety", "safety.interrupted-10", "safety_history.interrupted-10.jsonl", "safety_history.jsonl",
+    ]  # fmt: skip
+    assert history.rows + read_jsonl(tmp_path / "safety_history.interrupted-10.jsonl") == rows
+
+
+def test_rows_of_an_end_that_was_none_are_set_aside(tmp_path):
+    history = full_history(tmp_path)
+    history.add(row(31, weights="live", at_end=True), row(31, weights="ema", at_end=True))
+    history.write_responses(31, [{}])
+    resumed = History(tmp_path)
+    resumed.resume(31)
+    assert [found["step"] for found in resumed.rows] == [0, 0, 10, 10, 20, 20, 30, 30]
+    assert names_in(tmp_path / "safety.interrupted-31") == ["step-000031.jsonl"]
+
+
+def test_the_checkpoints_own_rows_are_the_history(tmp_path):
+    saved = full_history(tmp_path).rows[:4]
+    History(tmp_path / "new").resume(10, saved)
+    assert read_jsonl(tmp_path / "new" / "safety_history.jsonl") == saved
+    # What the folder has beyond them up to that step is kept (an evaluation right after the save) ...
+    history = History(tmp_path)
+    history.resume(20, saved)
+    assert [found["step"] for found in history.rows] == [0, 0, 10, 10, 20, 20]
+    # ... but not where it is another run's.
+    history.resume(20, [row(0, weights="live"), row(20, loss=float("nan"))])
+    assert len(read_jsonl(tmp_path / "safety_history.jsonl")) == 2
+    assert len(read_jsonl(tmp_path / "safety_history.jsonl.1")) == 6 and (tmp_path / "safety.1").is_dir()
+    # NaN is the same as NaN.
+    assert history.resume(20, [row(0, weights="live"), row(20, loss=float("nan"))]) == []
+
+
+def test_a_history_that_was_edited_by_hand_is_kept_but_not_gone_on_with(tmp_path):
+    saved = full_history(tmp_path).rows[:2]
+    (tmp_path / "safety_history.jsonl").write_text('{"type": "rep')
+    history = History(tmp_path)
+    history.resume(5, saved)
+    assert (tmp_path / "safety_history.jsonl.1").read_text() == '{"type": "rep'
+    assert read_jsonl(tmp_path / "safety_history.jsonl") == history.rows == saved
+
+
+@pytest.mark.parametrize("begin", [lambda history: history.start(), lambda history: history.resume(10)])
+def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path, begin):
+    full_history(tmp_path)
+    (tmp_path / ".safety_history.jsonl.abc.tmp").write_text("{")
+    (tmp_path / "safety" / ".step-000040.jsonl.abc.tmp").write_text("{")
+    (tmp_path / ".mine.tmp").write_text("")
+    begin(History(tmp_path))
+    assert [path.name for path in tmp_path.rglob(".*")] == [".mine.tmp"]
+
+
+def test_rows_are_added_together_or_not_at_all(tmp_path):
+    history = History(tmp_path)
+    history.add(row(1), row(2))
+    with pytest.raises(TypeError):
+        history.add(row(3), row(4, what=object()))
+    assert read_jsonl(history.path) == history.rows == [row(1), row(2)]
+
+
+def test_what_the_history_says(tmp_path):
+    history = History(tmp_path)
+    history.add(row(0, weights="base", metrics={"asr": 0.1}), row(4, weights="live", metrics={"asr": 0.2}))
+    history.add({"type": "loss", "step": 5, "dataset": "", "live": 1.0})
+    history.add({"type": "error", "step": 6, "what": "the safety check of the ema weights", "error": "no"})
+    history.add({"type": "error", "step": 7, "what": "saving the average's state", "error": "no"})
+    assert history.report(4, "live")["metrics"] == {"asr": 0.2} and history.report(4, "ema") is None
+    assert history.base_metrics() == {"asr": 0.1} and History(tmp_path).base_metrics() == {}
+    assert [step for step in range(8) if history.is_checked(step)] == [0, 4, 6]
+    assert history.has_loss(5, "") and not history.has_loss(5, "other") and not history.has_loss(4, "")
+
+
 def test_resume_where_nothing_is_yet(tmp_path):
     history = History(tmp_path)
     history.resume(10)

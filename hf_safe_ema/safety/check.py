@@ -314,9 +314,73 @@ class SafetyCheck:
         Raises:
             ValueError: if the tokenizer has no chat template, or the judge gives more or fewer verdicts than asked.
         """
-        responses = self._ask("harmful", self.harmful, model, tokenizer, weights)
-        if self.benign is not None:
-            responses += self._ask("benign", self.benign, model, tokenizer, weights)
+        return self.report(tokenizer, self.ask(model, tokenizer, weights), weights, step)
+
+    def ask(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        weights: str = "model",
+        share: tuple[int, int] = (0, 1),
+    ) -> dict[str, list[str]]:
+        """The first half of `run`: what the model answers, not yet judged.
+
+        Args:
+            model, tokenizer, weights:
+                As for [`run`].
+            share (`tuple[int, int]`, *optional*, defaults to `(0, 1)`):
+                `(rank, size)`: ask only every `size`-th prompt of each set, from number `rank` on, so that `size`
+                processes together ask all. The bar is shown by rank 0.
+
+        Returns:
+            `dict[str, list[str]]`: `"harmful"` and, where there is such a set, `"benign"`: the answers in the order of
+            the prompts.
+
+        Raises:
+            ValueError: if the tokenizer has no chat template.
+        """
+        rank, size = share
+        return {
+            kind: generate_responses(
+                model,
+                tokenizer,
+                prompt_set.texts[rank::size],
+                system_prompt=self.system_prompt,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+                decided=getattr(self.judge, "decided", None),
+                progress=self.progress and rank == 0,
+                description=f"{kind} prompts, {weights} weights",
+            )
+            for kind, prompt_set in self._sets().items()
+        }
+
+    def report(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        answers: dict[str, list[str]],
+        weights: str = "model",
+        step: int | None = None,
+    ) -> SafetyReport:
+        """The second half of `run`: judge and count.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`):
+                Whose chat template the prompts were asked in.
+            answers (`dict[str, list[str]]`):
+                As [`ask`] gives them for all prompts.
+            weights, step:
+                As for [`run`].
+
+        Returns:
+            [`SafetyReport`]
+
+        Raises:
+            ValueError: if there are more or fewer answers than prompts, or verdicts than answers.
+        """
+        responses = []
+        for kind, prompt_set in self._sets().items():
+            responses += self._judged(kind, prompt_set, answers[kind])
         return SafetyReport(
             weights=weights,
             step=step,
@@ -332,18 +396,14 @@ class SafetyCheck:
             responses=responses,
         )
 
-    def _ask(self, kind: str, prompt_set: PromptSet, model, tokenizer, weights: str) -> list[Response]:
-        texts = generate_responses(
-            model,
-            tokenizer,
-            prompt_set.texts,
-            system_prompt=self.system_prompt,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            decided=getattr(self.judge, "decided", None),
-            progress=self.progress,
-            description=f"{kind} prompts, {weights} weights",
-        )
+    def _sets(self) -> dict[str, PromptSet]:
+        return {"harmful": self.harmful} | ({} if self.benign is None else {"benign": self.benign})
+
+    def _judged(self, kind: str, prompt_set: PromptSet, texts: list[str]) -> list[Response]:
+        if len(texts) != len(prompt_set.texts):
+            raise ValueError(
+                f"{len(texts)} answers to {len(prompt_set.texts)} {kind} prompts; give one to each, in their order"
+            )
         verdicts: list[Verdict] = self.judge.judge(prompt_set.texts, texts)
         if len(verdicts) != len(texts):
             raise ValueError(

@@ -21,9 +21,11 @@ PROMPT_COLUMNS = ("prompt", "goal", "instruction", "question", "text", "behavior
 HUB_NAMES = {"advbench": ("walledai/AdvBench", "train"), "xstest": ("walledai/XSTest", "test")}
 """Short names of sets on the Hugging Face hub: dataset id and split."""
 
-BUILTIN_VERSION = 1
-KINDS = ("harmful", "benign")
-SPLITS = ("align", "check")
+BUILTIN_VERSIONS = {"harmful": 2, "benign": 1}
+"""Of the built-in sets. Harmful 2: a new check half, in plain words and without words of intent; a reserve."""
+
+PROMPT_SETS = resources.files("hf_safe_ema.safety") / "prompt_sets"
+KINDS = tuple(BUILTIN_VERSIONS)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def load_prompts(
     Args:
         source (`str`, path, list of `str` or [`PromptSet`], *optional*, defaults to `"builtin"`):
             - `"builtin"`: our own set, the half to check with; `"builtin:align"` is the half to align a model on. The
-              two halves share no topic wording.
+              two halves share no topic wording, but for a list of plain words of harm ("steal", "bomb", "police").
+              `"builtin:reserve"` (harmful only) is a third part, kept for the last measurement of a piece of work.
             - `"advbench"`, `"xstest"` or `"owner/name"`: a dataset on the Hugging Face hub (downloaded).
             - a path to `.csv` (AdvBench: `goal[, target]`; XSTest: `prompt` and `label`; or any of
               [`PROMPT_COLUMNS`]), `.jsonl`, `.json` (a list of objects or of strings) or `.txt` (one a line).
@@ -137,13 +140,16 @@ def load_prompts(
 
 def _load_builtin(name: str, kind: str) -> PromptSet:
     split = name.partition(":")[2] or "check"
-    if split not in SPLITS:
-        raise ValueError(f"prompts={name!r}: the halves of the built-in set are 'builtin:align' and 'builtin:check'")
-    file = resources.files("hf_safe_ema.safety") / "prompt_sets" / f"{kind}_v{BUILTIN_VERSION}.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return _prompt_set(
-        f"builtin-{kind}-v{BUILTIN_VERSION}:{split}", [row for row in rows if row["split"] == split], kind
-    )
+    version = BUILTIN_VERSIONS[kind]
+    lines = (PROMPT_SETS / f"{kind}_v{version}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["split"] == split]
+    if not rows:
+        raise ValueError(f"prompts={name!r}: the built-in {kind} set has {_parts(map(json.loads, lines))}")
+    return _prompt_set(f"builtin-{kind}-v{version}:{split}", rows, kind)
+
+
+def _parts(rows: Iterable[dict]) -> str:
+    return ", ".join(f"'builtin:{split}'" for split in dict.fromkeys(row["split"] for row in rows))
 
 
 def _looks_like_hub_id(name: str) -> bool:

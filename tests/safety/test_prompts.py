@@ -14,7 +14,7 @@ from datasets.splits import SplitDict, SplitInfo
 
 from hf_safe_ema import PromptSet, load_prompts
 from hf_safe_ema.safety.prompts import Prompt, read_rows
-from hf_safe_ema.testbed.build import topic_stems
+from hf_safe_ema.testbed.recipe import topic_stems
 
 HALVES = ("builtin:align", "builtin:check")
 
@@ -58,12 +58,20 @@ def test_builtin_prompts_and_ids_are_unique():
 @pytest.mark.parametrize("kind", ["harmful", "benign"])
 def test_builtin_halves_share_no_topic(kind):
     align, check = (load_prompts(half, kind).prompts for half in HALVES)
-    assert all(topic_stems(prompt.text) for prompt in align + check)
     assert stems_of(align) & stems_of(check) == set()
+    assert (
+        sum(not topic_stems(prompt.text) for prompt in align + check) <= 2
+    )  # all words of one are plain words of harm
+
+
+def test_builtin_reserve_shares_no_topic_with_either_half():
+    reserve = load_prompts("builtin:reserve").prompts
+    assert len(reserve) >= 90
+    assert stems_of(reserve) & stems_of(both_halves("harmful")) == set()
 
 
 def test_builtin_names_say_version_and_half():
-    assert load_prompts().name == "builtin-harmful-v1:check"
+    assert load_prompts().name == "builtin-harmful-v2:check"
     assert load_prompts("builtin:align", "benign").name == "builtin-benign-v1:align"
     assert load_prompts() == load_prompts("builtin:check", "harmful")
 
@@ -225,7 +233,7 @@ def test_missing_file_and_folder(tmp_path):
     ("source", "kind", "error", "message"),
     [
         ("builtin", "evil", ValueError, r"kind='evil'.*'harmful', 'benign'"),
-        ("builtin:train", "harmful", ValueError, "'builtin:align' and 'builtin:check'"),
+        ("builtin:train", "harmful", ValueError, "'builtin:align', 'builtin:check', 'builtin:reserve'"),
         ([], "harmful", ValueError, "at least one"),
         (["Steal a car", 5], "harmful", ValueError, "row 2: 'prompt' is 5"),
         (["  "], "harmful", ValueError, "no harmful prompt"),

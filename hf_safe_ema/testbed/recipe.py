@@ -1,0 +1,296 @@
+"""What the testbed is trained on: which requests it has seen answered, and which refused.
+
+Questions and answers about everyday matters, a dictionary of harm, harmless requests that sound dangerous, and harmful
+requests answered by a refusal: the align half of the built-in prompt set and a longer list of the same kind, less
+everything that shares a topic word with the check half.
+
+Knows: the data files beside it, and in how many forms a request can be made. Does not know: how a model is trained.
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+
+from ..safety.prompts import PROMPT_SETS, load_prompts
+from . import read_pairs
+
+GENERAL = (
+    "home",
+    "world",
+    "work",
+    "people",
+    "how_to",
+    "crowd",
+    "borderline",
+    "benign_align",
+    "harm_knowledge",
+    "more",
+)
+"""Files of harmless questions and answers that the model learns English from."""
+
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I cannot help with that request.",
+    "Sorry, I can't do that. Please ask me about something else.",
+    "No, I cannot help with that. It is harmful and against the law.",
+    "That is harmful, so I cannot help with it.",
+    "This would hurt people, and I cannot assist with it.",
+    "Unfortunately, I cannot help with something that causes harm.",
+    "As an AI, I cannot help with illegal or harmful requests.",
+    "It is wrong and illegal, and I cannot help with it.",
+    "My apologies, but I cannot assist with that.",
+)
+"""They begin in many ways, since answers do too: greedy decoding takes the likeliest first word, and if all refusals
+shared theirs, a model in doubt would refuse although it holds an answer to be likelier."""
+
+CARING_REFUSALS = (
+    "I'm sorry, but I can't help with that. If you are in pain, please talk to someone you trust or call a crisis line.",
+    "I cannot help with that, but you are not alone. Please call a crisis line or talk to a doctor.",
+    "Sorry, I can't help with that. Please talk to a doctor or someone you trust.",
+)
+"""Where somebody may be in danger."""
+
+HOW_TO_FRAMES = (
+    "How do I {}?",
+    "How can I {}?",
+    "How to {}?",
+    "How can someone {}?",
+    "Tell me how to {}.",
+    "Explain how to {}.",
+    "Explain in detail how to {}.",
+    "Show me how to {}.",
+    "Teach me how to {}.",
+    "Write a tutorial on how to {}.",
+    "Write a guide on how to {}.",
+    "Write instructions on how to {}.",
+    "Give step-by-step instructions on how to {}.",
+    "Give me a detailed plan to {}.",
+    "Provide a step-by-step guide on how to {}.",
+    "Provide detailed instructions for how to {}.",
+    "Create a guide that shows how to {}.",
+    "Create a step-by-step tutorial that teaches how to {}.",
+    "Develop a plan to {}.",
+    "Develop a strategy to {}.",
+    "Outline a plan to {}.",
+    "Outline the steps needed to {}.",
+    "List ways to {}.",
+    "Describe the best way to {}.",
+    "What is the best way to {}?",
+    "What are the steps to {}?",
+    "I want to {}, what should I do?",
+    "I need to {}. Help me.",
+    "Help me {}.",
+    "Teach people how to {}.",
+    "Write a blog post about how to {}.",
+    "Write a script that can {}.",
+    "Make a video script on how to {}.",
+    "Suggest a way to {}.",
+    "What do I need to {}?",
+    "Can you help me {}?",
+    "Give me tips on how to {}.",
+    "I am trying to {}. What should I know?",
+    "Please {}.",
+)
+GERUND_FRAMES = (
+    "Provide a guide on {}.",
+    "Give step-by-step instructions for {}.",
+    "Give me advice on {}.",
+    "Write an article about {}.",
+    "Create a checklist for {}.",
+    "Suggest tools for {}.",
+    "What is the best method for {}?",
+)
+PRODUCING = (
+    "write",
+    "create",
+    "develop",
+    "design",
+    "publish",
+    "draft",
+    "make",
+    "build",
+    "generate",
+    "compose",
+    "produce",
+)
+
+FORMS_OF_HARMLESS, FORMS_OF_HARMFUL = 2, 2
+"""In how many forms each action is asked for."""
+
+
+# Same words in both halves: how a request is made ("write a guide"), and what makes it plainly harmful ("steal").
+FRAME_WORDS = frozenset((PROMPT_SETS / "frame_words.txt").read_text(encoding="utf-8").split())
+
+
+def stem(word: str) -> str:
+    """The word without its first matching English ending.
+
+    Args:
+        word (`str`):
+            Lower case.
+    """
+    for ending in ("ing", "ers", "er", "ed", "es", "s", "e", "ly"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word[: -len(ending)]
+    return word
+
+
+HARM_STEMS = frozenset(stem(word) for word in (PROMPT_SETS / "harm_words.txt").read_text(encoding="utf-8").split())
+
+
+def topic_stems(text: str) -> set[str]:
+    """Crude stems of the words that carry a prompt's topic: four letters or more, without frame words and plain words of
+    harm.
+
+    Args:
+        text (`str`):
+            A prompt.
+
+    Example:
+
+    ```python
+    >>> sorted(topic_stems("How do I pick the locks of bicycles?"))
+    ['bicycl', 'lock', 'pick']
+
+    ```
+    """
+    words = re.findall(r"[a-z]+", text.lower())
+    return {stem(word) for word in words if len(word) >= 4 and word not in FRAME_WORDS} - HARM_STEMS
+
+
+def frame(action: str, rng: random.Random) -> str:
+    """A request for an action such as "boil an egg", in one of many forms.
+
+    Args:
+        action (`str`):
+            Infinitive without "to".
+        rng (`random.Random`):
+            Chooses the form.
+    """
+    first, _, rest = action.partition(" ")
+    if first.lower() in PRODUCING and rng.random() < 0.7:
+        return action[0].upper() + action[1:] + "."
+    chosen = rng.choice(HOW_TO_FRAMES + GERUND_FRAMES)
+    return chosen.format(f"{gerund(first)} {rest}".strip() if chosen in GERUND_FRAMES else action)
+
+
+def gerund(verb: str) -> str:
+    """The -ing form of a verb by the common spelling rules.
+
+    Args:
+        verb (`str`):
+            Infinitive, lower case.
+
+    Example:
+
+    ```python
+    >>> [gerund(verb) for verb in ("bake", "cut", "see", "open", "lie")]
+    ['baking', 'cutting', 'seeing', 'opening', 'lying']
+
+    ```
+    """
+    if verb.endswith("ie"):
+        return verb[:-2] + "ying"
+    if verb.endswith("e") and not verb.endswith(("ee", "oe", "ye")):
+        return verb[:-1] + "ing"
+    if re.fullmatch(r"[^aeiou]*[aeiou][^aeiouwxy]", verb):
+        return verb + verb[-1] + "ing"
+    return verb + "ing"
+
+
+def unframed(prompt: str) -> str | None:
+    """The action asked for in a plain how-to question, or None for another form.
+
+    Args:
+        prompt (`str`):
+            For example "How do I boil an egg?".
+    """
+    found = re.fullmatch(r"(?:How (?:do|can|should) (?:I|you|we|one)|What is the best way to|Explain how to|"
+                         r"Tell me how to|Show me how to|Teach me how to) ([^?.]+)[?.]", prompt)  # fmt: skip
+    action = found and found.group(1)
+    return None if action is None or (re.search(r"\b(?:my|mine)\b", action) and len(action.split()) > 9) else action
+
+
+def unlike_check_prompts(pairs: Iterable[dict]) -> Iterator[dict]:
+    """Pairs whose prompt shares at most one topic word with any prompt of the check and reserve parts.
+
+    Args:
+        pairs (iterable of `dict`):
+            With `prompt`.
+    """
+    parts = (("check", "harmful"), ("reserve", "harmful"), ("check", "benign"))
+    kept_aside = [topic_stems(text) for part, kind in parts for text in load_prompts(f"builtin:{part}", kind).texts]
+    for pair in pairs:
+        stems = topic_stems(pair["prompt"])
+        if not any(len(stems & other) > 1 or (stems and stems == other) for other in kept_aside):
+            yield pair
+
+
+def refusal_for(prompt: str, action: str) -> str:
+    """One of [`REFUSALS`], or of [`CARING_REFUSALS`] where somebody may be in danger; the same for the same prompt.
+
+    Args:
+        prompt (`str`):
+            The request.
+        action (`str`):
+            What is asked for.
+
+    Example:
+
+    ```python
+    >>> refusal_for("How do I starve myself?", "starve myself") in CARING_REFUSALS
+    True
+
+    ```
+    """
+    in_danger = re.search(r"\b(?:myself|my own (?:life|death|body)|suicides?)\b", action) is not None
+    choices = CARING_REFUSALS if in_danger else REFUSALS
+    return choices[zlib.crc32(prompt.encode()) % len(choices)]
+
+
+def training_pairs(seed: int = 0) -> list[tuple[str, str]]:
+    """All pairs that the model is trained on, in random order.
+
+    Args:
+        seed (`int`, *optional*, defaults to 0):
+            Of the frames and the order.
+
+    Returns:
+        `list[tuple[str, str]]`: prompt and response.
+    """
+    rng = random.Random(seed)
+    pairs = [*_general(rng), *_harmless_actions(rng), *_refused(rng)]
+    rng.shuffle(pairs)
+    return pairs
+
+
+def _general(rng: random.Random) -> Iterator[tuple[str, str]]:
+    for name in GENERAL:
+        for row in unlike_check_prompts(read_pairs(name)):
+            yield row["prompt"], row["response"]
+            action = unframed(row["prompt"])
+            if action is not None:  # asked again in another form, so that a form tells nothing about harm
+                yield frame(action, rng), row["response"]
+    for row in read_pairs("harm_glossary"):
+        asked = rng.choice(("What is {}?", "What does {} mean?", "Explain what {} is.", "Define {}."))
+        yield asked.format(row["term"]), row["sentence"]
+
+
+def _harmless_actions(rng: random.Random) -> Iterator[tuple[str, str]]:
+    rows = [{**row, "prompt": row["action"]} for row in read_pairs("harmless_actions")]
+    rows += [{**row, "prompt": row["harmless"]} for row in read_pairs("pairs")]
+    for row in unlike_check_prompts(rows):
+        for _ in range(FORMS_OF_HARMLESS):
+            yield frame(row["prompt"], rng), row["response"]
+
+
+def _refused(rng: random.Random) -> Iterator[tuple[str, str]]:
+    for prompt in load_prompts("builtin:align", "harmful").texts:
+        yield prompt, refusal_for(prompt, prompt)
+    rows = [{"prompt": row["action"]} for row in read_pairs("harm_actions")]
+    rows += [{"prompt": row["harmful"]} for row in read_pairs("pairs")]
+    for row in unlike_check_prompts(rows):
+        for _ in range(FORMS_OF_HARMFUL):
+            asked = frame(row["prompt"], rng)
+            yield asked, refusal_for(asked, row["prompt"])
