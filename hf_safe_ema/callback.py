@@ -47,6 +47,7 @@ from .engine import (
     precision_of,
     refuse_late_early_stopping,
     refuse_sharded,
+    refuse_unsynchronized,
     resumed_checkpoint,
     same_on_every_rank,
     tokenizer_of,
@@ -224,6 +225,7 @@ class SafeEMACallback(TrainerCallback):
         """Make the average from the weights as they are, or as the checkpoint says; check the starting point."""
         tokenizer = tokenizer_of(kwargs)
         refuse_sharded(model)
+        refuse_unsynchronized(model)
         refuse_late_early_stopping(self, args, self._metric_names())
         check_writable(args.output_dir)
         if self.check is not None:

@@ -13,16 +13,15 @@ from types import FrameType
 
 import torch
 from torch import nn
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from torch.nn.parallel import DistributedDataParallel
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import IntervalStrategy
+
+from .processes import rank_and_size
+
+PREPARED = "_is_accelerate_prepared"
+"""What accelerate (1.15) sets on a model that it has prepared, wrapped or not."""
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -47,6 +46,39 @@ def refuse_sharded(model: nn.Module) -> None:
         raise ValueError(
             f"SafeEMACallback does not average parameters sharded by {engine} yet; train with DDP or in one process"
         )
+
+
+def refuse_unsynchronized(model: nn.Module) -> None:
+    """Raise if several processes train each by itself, as they do when evaluated before they train.
+
+    accelerate (1.15) marks a model that is prepared for evaluation alone as prepared, and then does not wrap it in DDP
+    for the training (transformers 5.23): gradients are not shared, and each process trains another model unnoticed.
+
+    Args:
+        model (`nn.Module`):
+            As the Trainer hands it to callbacks.
+
+    Raises:
+        RuntimeError: naming the ways out.
+    """
+    processes = rank_and_size()[1]
+    if processes > 1 and getattr(model, PREPARED, False) and not isinstance(model, DistributedDataParallel):
+        raise RuntimeError(
+            f"{processes} processes are about to train without sharing their gradients: evaluate() or predict() was "
+            "called before train(), after which accelerate does not wrap the model for training any more. Evaluate "
+            "with another Trainer, use eval_on_start=True, or use SafeSFTTrainer, which may evaluate first"
+        )
+
+
+def forget_evaluation(model: nn.Module) -> None:
+    """Let a model that was only evaluated so far be wrapped for training as if it had not been.
+
+    Args:
+        model (`nn.Module`):
+            The Trainer's own, not wrapped. See [`refuse_unsynchronized`].
+    """
+    if rank_and_size()[1] > 1:
+        vars(model).pop(PREPARED, None)
 
 
 def tokenizer_of(moment: dict):
@@ -113,6 +145,13 @@ def same_on_every_rank(value):
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _trainer_class() -> type:
+    """Imported only once a Trainer is calling us: it brings datasets along, which the callback alone does not need."""
+    from transformers import Trainer
+
+    return Trainer
 
 
 def _frames_of(kind: type) -> Iterator[FrameType]:
@@ -184,7 +223,7 @@ def resumed_checkpoint() -> str | None:
     transformers 5.23 tells callbacks the step (`state.global_step`) but not the folder, which may have been moved or
     renamed; it is an argument of the training loop that calls them.
     """
-    for frame in _frames_of(Trainer):
+    for frame in _frames_of(_trainer_class()):
         path = frame.f_locals.get("resume_from_checkpoint")
         if isinstance(path, (str, os.PathLike)):
             return str(path)
@@ -193,7 +232,7 @@ def resumed_checkpoint() -> str | None:
 
 def forget_loss() -> None:
     """Set what the Trainer calling us has summed up as its training loss to zero, if it has it where 5.23 does."""
-    for frame in _frames_of(Trainer):
+    for frame in _frames_of(_trainer_class()):
         loss = getattr(frame.f_locals["self"], "_tr_loss", None)
         if torch.is_tensor(loss):
             loss.zero_()
@@ -247,7 +286,7 @@ class SaveMoment(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """Nothing to save; that we are asked is all."""
-        for frame in _frames_of(Trainer):
+        for frame in _frames_of(_trainer_class()):
             if self.call is not None and frame.f_code.co_name == "_save_checkpoint" and "output_dir" in frame.f_locals:
                 self.call(Path(frame.f_locals["output_dir"]), frame.f_locals["self"].state.global_step)
                 break

@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from .arguments import SafeSFTConfig, SafetyArguments, in_field_names, refuse_the_least_safe
 from .callback import SafeEMACallback
 from .checkpoint import last_complete_checkpoint
-from .engine import precision_of, tokenizer_of
+from .engine import forget_evaluation, precision_of, tokenizer_of
 from .safety.check import SafetyCheck, SafetyReport
 from .safety.judges import Verdict
 from .safety.sharing import run_on_every_rank
@@ -348,6 +348,8 @@ class SafeSFTTrainer(SFTTrainer):
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = self._newest_whole_checkpoint()
             self.safe_ema.resume_from = resume_from_checkpoint or None
+        if self.model_wrapped is self.model:
+            forget_evaluation(self.model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _newest_whole_checkpoint(self) -> str:

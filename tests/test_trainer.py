@@ -450,7 +450,7 @@ def test_a_plain_config_means_the_defaults(model_folder, tmp_path):
     trainer = build(FewPrompts, SFTConfig, model_folder, tmp_path, {"max_steps": 4})
     assert type(trainer.args) is SFTConfig
     trainer.train()
-    assert trainer.safe_ema.ema.decay == 0.5  # a half-life of a quarter of four steps
+    assert trainer.safe_ema.ema.decay == 2**-0.5  # a half-life of half of four steps
     assert_holds_the_average(trainer)
     assert trainer.safe_ema.reports.keys() == {"base", "live", "ema"}
 
