@@ -545,17 +545,21 @@ class SafeEMACallback(TrainerCallback):
         same = args.label_smoothing_factor == 0 and getattr(args, "loss_type", "nll") in ("nll", "chunked_nll")
         if key is None or dataloader is None or not same:
             return {}
-        loss = None
+        name = f"{key.removesuffix('loss')}ema_loss"
+        loss, failed = math.nan, True  # NaN is never the best: the run must not end at the choice of the best model
         with self._only_warn(state.global_step, "the held-out loss of the average"):
             loss = heldout_loss(model, dataloader, functools.partial(self._holding, "ema", args, model))
+            failed = False
         if loss is None:
             return {}
+        if failed:
+            return {name: loss}
         with self._only_warn(state.global_step, "writing the safety history"):
-            name = key.removesuffix("_loss").removeprefix("eval").lstrip("_")
-            row = {"type": "loss", "step": state.global_step, "dataset": name, "live": metrics[key], "ema": loss}
-            if not self.history.has_loss(state.global_step, name):  # a resumed run's last evaluation may come twice
+            dataset = key.removesuffix("_loss").removeprefix("eval").lstrip("_")
+            row = {"type": "loss", "step": state.global_step, "dataset": dataset, "live": metrics[key], "ema": loss}
+            if not self.history.has_loss(state.global_step, dataset):  # a resumed run's last evaluation may come twice
                 self._record(row)
-        return {f"{key.removesuffix('loss')}ema_loss": loss}
+        return {name: loss}
 
     def _load_average_of(self, checkpoint: str) -> bool:
         try:

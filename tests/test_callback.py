@@ -196,6 +196,31 @@ def test_evaluation_metrics_and_ema_loss(tmp_path):
     assert seen["eval_ema_loss"] != seen["eval_loss"]
 
 
+def test_a_failing_ema_loss_does_not_end_the_run_at_the_choice_of_the_best_model(tmp_path):
+    callback = SafeEMACallback(half_life=3, check=None)
+    trainer = sft_trainer(
+        tmp_path,
+        [callback],
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_ema_loss",
+        max_steps=4,
+    )
+
+    def fail(model, _):
+        if trainer.state.global_step in (1, 3) and trainer.is_in_train and not model.training and callback.ema._swapped:
+            raise RuntimeError("made to fail")
+
+    trainer.model.register_forward_pre_hook(fail)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert [row["step"] for row in rows_of(tmp_path) if row["type"] == "error"] == [1, 3]
+    assert [row["step"] for row in rows_of(tmp_path) if row["type"] == "loss"] == [2, 4]
+    assert trainer.state.best_model_checkpoint.endswith(("checkpoint-2", "checkpoint-4"))
+
+
 def test_ema_loss_is_what_the_trainer_would_report(tmp_path):
     callback = SafeEMACallback(half_life=3, check=None)
     trainer = sft_trainer(tmp_path, [callback])

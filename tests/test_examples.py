@@ -28,7 +28,6 @@ def rows(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs_from_top_to_bottom(name, rows, tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
@@ -59,7 +58,6 @@ def test_a_notebook_carries_a_whole_run_and_nothing_of_the_machine(name):
         assert path not in text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_runs_as_it_is(name, rows, tmp_path):
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--data", str(rows), "--steps", "4"]
