@@ -24,6 +24,7 @@ from .decay import resolve_decays
 from .history import HISTORY_NAME, check_writable, read_jsonl, write_whole
 from .memory import load_config
 from .plan import count_steps, describe
+from .processes import on_every_rank
 from .recipe import Recipe, read_recipe
 from .report import format_table, plot_history, summarise
 from .trainer import SafeSFTTrainer
@@ -255,9 +256,19 @@ def train(recipe: Recipe) -> dict:
         "heldout_rows": len(heldout) if hasattr(heldout, "__len__") else None,
         "seconds": round(time.monotonic() - started, 1),
     }
+    _leave_together(trainer)
+    return result
+
+
+def _leave_together(trainer: SafeSFTTrainer) -> None:
+    """End the work of several processes in order, so that none is ended by a signal for the way it left."""
+    on_every_rank(lambda: None)  # the first still had files to write
+    # Torch (2.13) may abort a process ("terminate called without an active exception") that ends while something, such
+    # as DDP's wrapper of the model, still holds on to its process group.
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
     if hasattr(trainer, "end"):  # since transformers 5.18; without it NCCL complains of processes that just leave
         trainer.end()
-    return result
 
 
 def _check_half_life(recipe: Recipe, trainer: SafeSFTTrainer) -> None:
@@ -275,6 +286,7 @@ def _quiet_but_first(recipe: Recipe) -> None:
     from datasets import disable_progress_bars
 
     logging.set_verbosity_error()
+    logging.get_logger(__package__).setLevel("ERROR")  # not a child of transformers' logger
     logging.disable_progress_bar()
     disable_progress_bars()
     recipe.training.log_level_replica = "error"
