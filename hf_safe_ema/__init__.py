@@ -19,13 +19,16 @@ __all__ = [
     "UnsafeModelError",
     "Verdict",
     "WeightEMA",
+    "last_complete_checkpoint",
     "load_finetuning_data",
     "load_prompts",
+    "split_heldout",
 ]
 
 if TYPE_CHECKING:
     from .callback import SafeEMACallback, UnsafeModelError
-    from .data import load_finetuning_data
+    from .checkpoint import last_complete_checkpoint
+    from .data import load_finetuning_data, split_heldout
     from .ema import WeightEMA
     from .safety.check import SafetyCheck, SafetyReport
     from .safety.judges import KeywordJudge, Verdict
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "callback": ("SafeEMACallback", "UnsafeModelError"),
-    "data": ("load_finetuning_data",),
+    "checkpoint": ("last_complete_checkpoint",),
+    "data": ("load_finetuning_data", "split_heldout"),
     "ema": ("WeightEMA",),
     "safety.check": ("SafetyCheck", "SafetyReport"),
     "safety.judges": ("KeywordJudge", "Verdict"),
