@@ -147,6 +147,17 @@ def train_with_trainer(folder: Path) -> dict:
     return {**outcome(trainer, trainer.safe_ema), "evaluations": called}
 
 
+def train_after_evaluating(folder: Path) -> str:
+    """What the callback says where the Trainer would train each process by itself."""
+    trainer = SFTTrainer(**parts(), args=SFTConfig(**settings(folder)), callbacks=[SafeEMACallback(check=None)])
+    trainer.evaluate()
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
 def chosen(seed: int) -> tuple[str, int, int]:
     """Where to fail: in what, on which process, at which step."""
     draw = random.Random(seed)
@@ -259,6 +270,7 @@ def main(folder: Path, *seeds: str) -> None:
         found["trainer"] = train_with_trainer(folder / "trainer")
         found["written"] = sorted(written)
         found["alone"] = share_alone(folder / "alone")
+        found["evaluated first"] = train_after_evaluating(folder / "evaluated first")
         places = {stage: next(p for p in map(chosen, range(99)) if p[0] == stage) for stage in STAGES}
     else:
         places = {seed: chosen(int(seed)) for seed in seeds}
@@ -331,6 +343,11 @@ def test_both_processes_have_the_same_reports_and_metrics(found, run):
     assert first.get("evaluations") == second.get("evaluations")
 
 
+def test_processes_that_would_not_share_their_gradients_do_not_train(found):
+    for ranks in found:
+        assert ranks["evaluated first"].startswith("2 processes are about to train without sharing their gradients")
+
+
 def test_evaluations_called_by_the_user_are_shared_too(found):
     before, after = found[0]["trainer"]["evaluations"]
     assert {"eval_base_asr", "eval_ema_loss"} <= set(before)
@@ -381,7 +398,7 @@ def test_one_process_writes(found):
     assert ours == set()
     assert any("safety_history" in name for name in first)
     assert any("step-000004" in name for name in first)
-    assert any(name.startswith("callback/.ema.unfinished-") for name in first)  # renamed to ema/ when it is whole
+    assert any(name.startswith("callback/_ema.unfinished-") for name in first)  # renamed to ema/ when it is whole
 
 
 def test_work_of_all_processes_fails_on_all_or_on_none(found):
