@@ -26,20 +26,22 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .callback import SafeEMACallback, UnsafeModelError
+    from .callback import SafeEMACallback
     from .checkpoint import last_complete_checkpoint
     from .data import load_finetuning_data, split_heldout
     from .ema import WeightEMA
+    from .findings import UnsafeModelError
     from .safety.check import SafetyCheck, SafetyReport
     from .safety.judges import KeywordJudge, Verdict
     from .safety.prompts import PromptSet, load_prompts
     from .trainer import SafeSFTConfig, SafeSFTTrainer
 
 _HOMES = {
-    "callback": ("SafeEMACallback", "UnsafeModelError"),
+    "callback": ("SafeEMACallback",),
     "checkpoint": ("last_complete_checkpoint",),
     "data": ("load_finetuning_data", "split_heldout"),
     "ema": ("WeightEMA",),
+    "findings": ("UnsafeModelError",),
     "safety.check": ("SafetyCheck", "SafetyReport"),
     "safety.judges": ("KeywordJudge", "Verdict"),
     "safety.prompts": ("PromptSet", "load_prompts"),

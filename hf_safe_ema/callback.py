@@ -1,8 +1,8 @@
 """SafeEMACallback: when to average, when to check, what to do with the answer.
 
 Knows: the Trainer's moments, and that the average and the safety check meet here and nowhere else.
-Does not know: how averaging is computed (ema.py), how safety is measured (safety/), how files are made whole
-(history.py, checkpoint.py), or what a checkpoint and a run must have in common (resume.py).
+Does not know: how averaging is computed (ema.py), how safety is measured (safety/), where a report goes (findings.py), how
+files are made whole (history.py, checkpoint.py), or what a checkpoint and a run must have in common (resume.py).
 
     batch -> loss -> optimizer.step
                         | on_step_end
@@ -16,21 +16,21 @@ Does not know: how averaging is computed (ema.py), how safety is measured (safet
                 metrics for best-model choice, the Trainer's loggers, safety_history.jsonl, stop or warn
 """
 
-import contextlib
 import functools
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from .card import write_card
 from .checkpoint import (
     last_checkpoint_at,
     load_ema_state,
+    read_notes,
     read_rows,
     save_averaged_model,
     save_ema_state,
@@ -44,7 +44,6 @@ from .engine import (
     full_name,
     is_evaluated,
     log_values,
-    precision_of,
     refuse_late_early_stopping,
     refuse_sharded,
     refuse_unsynchronized,
@@ -52,7 +51,8 @@ from .engine import (
     same_on_every_rank,
     tokenizer_of,
 )
-from .history import History, check_writable, set_aside
+from .findings import CHECKABLE, Findings, hold_to_limit, metric_names
+from .history import History, check_writable, hide_responses, set_aside
 from .resume import (
     Run,
     UndoneStep,
@@ -64,18 +64,11 @@ from .resume import (
     usable_notes,
 )
 from .safety.check import SafetyCheck, SafetyReport
-from .safety.sharing import run_on_every_rank
-from .utility import heldout_loss
 
 logger = logging.get_logger(__name__)
 
-CHECKABLE = ("live", "ema")
 ON_VIOLATION = ("warn", "stop", "raise")
 ON_MISSING_STATE = ("raise", "restart")
-
-
-class UnsafeModelError(RuntimeError):
-    """Raised by `on_violation="raise"` when the attack success rate passes `max_asr`."""
 
 
 class SafeEMACallback(TrainerCallback):
@@ -209,13 +202,15 @@ class SafeEMACallback(TrainerCallback):
         self.guarded = final_weights if final_weights in check_weights else check_weights[0]
         self.ema: WeightEMA | None = None
         self.history: History | None = None
-        self.reports: dict[str, SafetyReport] = {}
-        """The newest report of each weights: `"base"`, `"live"`, `"ema"`."""
-        self._base_metrics: dict[str, float] = {}
-        self._checked_step: int | None = None
+        self._findings = Findings()
         self._training = False
         self._run: Run | None = None
         self._save_moment: SaveMoment | None = None
+
+    @property
+    def reports(self) -> dict[str, SafetyReport]:
+        """The newest report of each weights: `"base"`, `"live"`, `"ema"`."""
+        return self._findings.reports
 
     # The moments of a run, in their order.
 
@@ -226,7 +221,7 @@ class SafeEMACallback(TrainerCallback):
         tokenizer = tokenizer_of(kwargs)
         refuse_sharded(model)
         refuse_unsynchronized(model)
-        refuse_late_early_stopping(self, args, self._metric_names())
+        refuse_late_early_stopping(self, args, metric_names(self.check_weights))
         check_writable(args.output_dir)
         if self.check is not None:
             self.check.validate(tokenizer)
@@ -234,7 +229,7 @@ class SafeEMACallback(TrainerCallback):
         # The Trainer uploads output_dir, but no name with an underscore: harmful answers must not be published unasked.
         folder = "_safety" if args.push_to_hub else "safety"
         self.history = History(args.output_dir, folder, enabled=state.is_world_process_zero)
-        self.reports, self._base_metrics, self._checked_step, self._training = {}, {}, None, True
+        self._findings, self._training = Findings(self.history), True
         keeps_state = not args.save_only_model or args.load_best_model_at_end
         self._run = Run(state.global_step, state.max_steps, args.world_size, args.should_save and keeps_state)
         if state.global_step > 0:
@@ -290,13 +285,15 @@ class SafeEMACallback(TrainerCallback):
         losses = self._ema_losses(args, state, model, metrics, kwargs.get("eval_dataloader"))
         metrics.update(losses)
         if losses:
-            log_values(args, state, control, {f"safety/{key.removeprefix('eval_')}": v for key, v in losses.items()})
+            values = {f"safety/{key.removeprefix('eval_')}": value for key, value in losses.items()}
+            with self._findings.only_warn(state.global_step, "logging the held-out loss of the average"):
+                log_values(args, state, control, values)
         if self.check is not None:
             weights = ("base",) if state.global_step == 0 else self.check_weights
             if self.check_base or state.global_step > 0:
                 self._check(weights, args, state, control, model, tokenizer_of(kwargs))
-            metrics.update(self._metrics("eval_"))
-            if full_name(args.metric_for_best_model) in self._metric_names():
+            metrics.update(self._findings.metrics("eval_"))
+            if full_name(args.metric_for_best_model) in metric_names(self.check_weights):
                 # A check that failed must not end the run at the choice of the best model: NaN is never the best.
                 metrics.setdefault(full_name(args.metric_for_best_model), math.nan)
         self._expect_save(args, state, control)
@@ -312,26 +309,38 @@ class SafeEMACallback(TrainerCallback):
             return
         self._save_state(checkpoint, state.global_step)
 
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Keep responses out of an upload to the hub, asked for in the arguments or only after training."""
+        if state.is_world_process_zero:
+            for folder, hidden in hide_responses(args.output_dir).items():
+                logger.warning(f"responses are not uploaded: {folder} is now {hidden}")
+                if self.history is not None and self.history.responses_folder == folder:
+                    self.history.responses_folder = hidden
+        return control
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ):
         """Save the average as a model, and leave the model with the final weights."""
         tokenizer = tokenizer_of(kwargs)
-        self._training, self._run.ending = False, True
+        self._training, self._findings.ending = False, True
         if self._save_moment is not None:
             self._save_moment.detach()
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         is_best = best is None or self._load_average_of(best)
-        if best is None and self.check is not None and self._checked_step != state.global_step > 0:
+        if best is None and self.check is not None and self._findings.checked_step != state.global_step > 0:
             # Stopped early, and the loggers are closed: for the history alone.
             self._check(self.check_weights, args, state, None, model, tokenizer)
         folder = Path(args.output_dir) / "ema"
         if args.should_save:
-            with self._only_warn(state.global_step, f"saving the averaged model to {folder}"):
+            with self._findings.only_warn(state.global_step, f"saving the averaged model to {folder}"):
                 moved = None if self._run.own_folder else set_aside(folder)  # a resumed run replaces its own
                 if moved is not None:
                     logger.warning(f"an earlier run's average was in the way and is now at {moved}")
-                save_averaged_model(self.ema, model, kwargs.get("processing_class"), folder)
+                notes = read_notes(best) if best is not None and is_best else {}
+                step = notes.get("step", state.global_step)
+                card = functools.partial(write_card, rows=self.history.rows, ema=self.ema, model=model, step=step)
+                save_averaged_model(self.ema, model, kwargs.get("processing_class"), folder, card)
         averaged = self.final_weights == "ema" and is_best
         if averaged:
             self.ema.copy_to_parameters()
@@ -377,7 +386,7 @@ class SafeEMACallback(TrainerCallback):
         if not self._training or not self._run.keeps_state:
             return
         self._take_in(step)  # a preemption checkpoint is written at the end of a step, but before our on_step_end
-        with self._only_warn(step, "saving the average's state"):
+        with self._findings.only_warn(step, "saving the average's state"):
             self.write_state(folder)
             self._run.saved_steps.add(step)
 
@@ -390,7 +399,7 @@ class SafeEMACallback(TrainerCallback):
         """A checkpoint of this step from an earlier run would be overwritten file by file: it is whole no longer."""
         comes_now = control.should_save and not control.should_evaluate and args.should_save
         if comes_now and state.global_step not in self._run.saved_steps:
-            with self._only_warn(state.global_step, "preparing a checkpoint folder of an earlier run"):
+            with self._findings.only_warn(state.global_step, "preparing a checkpoint folder of an earlier run"):
                 unmark_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _new_average(self, model, state: TrainerState, decays: list[float] | None = None) -> WeightEMA:
@@ -418,8 +427,8 @@ class SafeEMACallback(TrainerCallback):
         logger.warning("training starts again with another batch size; the base stays what it was at the first start")
         from_the_same_base(self.ema, first)
         self.history.resume(0)
-        self._base_metrics = self.history.base_metrics()
-        self._checked_step = 0  # these weights are not the base any more
+        self._findings.base_metrics = self.history.base_metrics()
+        self._findings.checked_step = 0  # these weights are not the base any more
 
     def _resume(self, args, state: TrainerState, control: TrainerControl, model, tokenizer) -> None:
         """Take the average and the history from the checkpoint, and make up for a check that a kill cut off."""
@@ -441,14 +450,15 @@ class SafeEMACallback(TrainerCallback):
         for moved in self.history.resume(step, read_rows(checkpoint)):
             logger.warning(f"what had been found after step {step} is now at {moved}")
         known = (self.history.base_metrics(), self.history.is_checked(step), self.history.report(step, self.guarded))
-        self._base_metrics, checked, report = same_on_every_rank(known)  # what follows from it, all must do together
-        self._checked_step = step if checked else None
+        # What follows from it, all processes must do together.
+        self._findings.base_metrics, checked, report = same_on_every_rank(known)
+        self._findings.checked_step = step if checked else None
         if notes is None:
-            with self._only_warn(step, "going on with the average of the checkpoint"):
+            with self._findings.only_warn(step, "going on with the average of the checkpoint"):
                 raise ValueError(f"{checkpoint} holds none that can be used; it starts anew from these weights")
         self._warn_of_later_checkpoints(args, state)
         due = self.check_steps is not None and step % self.check_steps == 0
-        if self._checked_step == step:
+        if self._findings.checked_step == step:
             self._guard(step, report, control)
         elif self.check is not None and (due or step >= state.max_steps or is_evaluated(args, state)):
             self._check(self.check_weights, args, state, control, model, tokenizer)
@@ -466,100 +476,22 @@ class SafeEMACallback(TrainerCallback):
             )
 
     def _check(self, weights: Sequence[str], args, state, control, model, tokenizer) -> None:
-        """Run the check on each of `weights`, once a step, and hand the reports round. Never raises, but on request."""
-        step = state.global_step
-        if self._checked_step == step:
-            return
-        self._checked_step = step
-        done: dict[str, SafetyReport] = {}
-        for name in CHECKABLE:
-            self.reports.pop(name, None)
-        for name in weights:
-            with self._only_warn(step, f"the safety check of the {name} weights"):
-                within = functools.partial(self._holding, name, args, model)
-                done[name] = run_on_every_rank(self.check, model, tokenizer, name, step, within)
-        self.reports.update(done)
-        if "base" in done:
-            self._base_metrics = done["base"].metrics()
-        distances = {name: self.ema.distance_to_base(name) for name in done if name != "base"}
-        with self._only_warn(step, "writing the responses"):
-            responses = [{"weights": name, **asdict(r)} for name, report in done.items() for r in report.responses]
-            self.history.write_responses(step, responses)
-        rows = {}
-        for name, report in done.items():
-            rows[name] = {"type": "report", **report.to_dict(), "metrics": report.metrics(),
-                          "distance_to_base": distances.get(name, 0.0), "base_share": self.ema.base_share}  # fmt: skip
-        with self._only_warn(step, "writing the safety history"):
-            self._record(*rows.values())  # together: a kill must not leave half a check behind
-        if control is not None:
-            values = {f"safety/{key}": value for key, value in self._metrics().items()}
-            values["safety/base_share"] = self.ema.base_share
-            values.update({f"safety/{name}_distance_to_base": distance for name, distance in distances.items()})
-            with self._only_warn(step, "logging the safety metrics"):
-                log_values(args, state, control, values)
-        if step > 0:
-            self._guard(step, rows.get(self.guarded), control)
+        """Check once a step; never raises, but on request."""
+        done = self._findings.check(self.check, weights, self.ema, args, state, control, model, tokenizer)
+        for report in (done or {}).values():
+            self._tell(report)
+        if done is not None and state.global_step > 0:
+            row = done[self.guarded].to_dict() if self.guarded in done else None
+            self._guard(state.global_step, row, control)
 
-    @contextlib.contextmanager
-    def _holding(self, name: str, args: TrainingArguments, model):
-        """Within the block the model holds the weights of that name, and computes in the run's precision."""
-        with self.ema.swapped_in() if name == "ema" else contextlib.nullcontext(), precision_of(args, model):
-            yield
+    def _tell(self, report: SafetyReport) -> None:
+        """Called with each report that was written down; for the trainer to pass on."""
 
     def _guard(self, step: int, row: dict | None, control: TrainerControl | None) -> None:
-        if self.max_asr is None:
-            return
-        if row is None or row["asr"] is None or row["counts"]["unclear"] > sum(row["counts"].values()) / 2:
-            logger.warning(
-                f"step {step}: too few answers of the {self.guarded} weights could be judged to hold max_asr"
-            )
-            return
-        if row["asr"] <= self.max_asr:
-            return
-        low, high = row["asr_interval"]
-        message = (
-            f"step {step}: attack success rate of the {row['weights']} weights is {row['asr']:.1%} "
-            f"(95% interval {low:.1%} to {high:.1%}), above max_asr={self.max_asr:.1%}"
-        )
-        if self.on_violation == "raise":
-            raise UnsafeModelError(message)
-        logger.warning(message + ("; stopping the training" if self.on_violation == "stop" else ""))
-        if self.on_violation == "stop" and control is not None:
-            control.should_training_stop = True
+        hold_to_limit(self.max_asr, self.on_violation, self.guarded, step, row, control)
 
-    def _metrics(self, prefix: str = "") -> dict[str, float]:
-        values = {f"{prefix}base_{key}": value for key, value in self._base_metrics.items()}
-        for name in CHECKABLE:
-            if name in self.reports:
-                values.update(self.reports[name].metrics(f"{prefix}{name}_"))
-        return values
-
-    def _metric_names(self) -> set[str]:
-        names = ("asr", "refusal_rate", "over_refusal", "unclear", "benign_unclear")
-        return {f"eval_{weights}_{name}" for weights in ("base", *self.check_weights) for name in names}
-
-    def _ema_losses(self, args, state: TrainerState, model, metrics: dict, dataloader) -> dict[str, float]:
-        """Held-out loss of the average on the dataloader just evaluated, under the name of the live one."""
-        key = next((key for key in metrics if key.startswith("eval_") and key.endswith("_loss")), None)
-        # Only where the Trainer's own loss is the model's: what stands side by side must be the same thing.
-        same = args.label_smoothing_factor == 0 and getattr(args, "loss_type", "nll") in ("nll", "chunked_nll")
-        if key is None or dataloader is None or not same:
-            return {}
-        name = f"{key.removesuffix('loss')}ema_loss"
-        loss, failed = math.nan, True  # NaN is never the best: the run must not end at the choice of the best model
-        with self._only_warn(state.global_step, "the held-out loss of the average"):
-            loss = heldout_loss(model, dataloader, functools.partial(self._holding, "ema", args, model))
-            failed = False
-        if loss is None:
-            return {}
-        if failed:
-            return {name: loss}
-        with self._only_warn(state.global_step, "writing the safety history"):
-            dataset = key.removesuffix("_loss").removeprefix("eval").lstrip("_")
-            row = {"type": "loss", "step": state.global_step, "dataset": dataset, "live": metrics[key], "ema": loss}
-            if not self.history.has_loss(state.global_step, dataset):  # a resumed run's last evaluation may come twice
-                self._record(row)
-        return {name: loss}
+    def _ema_losses(self, *moment) -> dict[str, float]:
+        return self._findings.ema_losses(self.ema, *moment)
 
     def _load_average_of(self, checkpoint: str) -> bool:
         try:
@@ -571,20 +503,3 @@ class SafeEMACallback(TrainerCallback):
             )
             return False
         return True
-
-    @contextlib.contextmanager
-    def _only_warn(self, step: int, what: str):
-        """A failure in the block is logged and recorded, and training goes on."""
-        try:
-            yield
-        except Exception as error:
-            logger.warning(f"step {step}: {what} failed, training goes on: {type(error).__name__}: {error}")
-            row = {"type": "error", "step": step, "what": what, "error": f"{type(error).__name__}: {error}"}
-            try:
-                self._record(row)
-            except Exception as again:
-                logger.warning(f"step {step}: nor could that be written down: {again}")
-
-    def _record(self, *rows: dict) -> None:
-        """Write rows down; those of the end are dropped if the run is resumed and goes on from there after all."""
-        self.history.add(*({**row, "at_end": True} if self._run.ending else row for row in rows))

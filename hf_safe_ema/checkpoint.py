@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import safe_open
@@ -321,7 +322,13 @@ def unmark_checkpoint(checkpoint: str | os.PathLike) -> None:
         os.replace(marker, marker.with_name("trainer_state.replaced.json"))
 
 
-def save_averaged_model(ema: WeightEMA, model, tokenizer, folder: str | os.PathLike) -> None:
+def save_averaged_model(
+    ema: WeightEMA,
+    model,
+    tokenizer,
+    folder: str | os.PathLike,
+    write_card: Callable[[Path], None] | None = None,
+) -> None:
     """Write the averaged model (or adapter) and its tokenizer as `from_pretrained` loads them, replacing `folder`.
 
     The folder is written beside its place and then renamed: whatever stands in `folder` is whole. Killed between two
@@ -336,11 +343,15 @@ def save_averaged_model(ema: WeightEMA, model, tokenizer, folder: str | os.PathL
             Saved beside it.
         folder (path):
             Where to.
+        write_card (`Callable[[Path], None]`, *optional*):
+            Called with the written folder before it gets its name, to put a model card into it. What it raises is only
+            warned about: the weights matter more.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}.unfinished-"
-    for left_over in folder.parent.glob(f"{prefix}*"):
+    # A Trainer that pushes to the hub may be looking through the folder just now; it leaves out names with an underscore.
+    prefix = f"_{folder.name}.unfinished-"
+    for left_over in folder.parent.glob(f"[._]{prefix[1:]}*"):
         if (left_over / "replaced").exists() and not folder.exists():
             (left_over / "replaced").rename(folder)
         shutil.rmtree(left_over, ignore_errors=True)
@@ -350,6 +361,11 @@ def save_averaged_model(ema: WeightEMA, model, tokenizer, folder: str | os.PathL
             model.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
+        if write_card is not None:
+            try:
+                write_card(staged)
+            except Exception as error:
+                logger.warning(f"{folder} is saved without a model card: {type(error).__name__}: {error}")
         for path in staged.rglob("*"):
             if path.is_file():
                 _to_disk(path)

@@ -30,7 +30,8 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    # An upload to the hub by the Trainer may list the folder just now; it leaves out names with an underscore.
+    handle, temporary = tempfile.mkstemp(prefix=f"_{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -95,6 +96,35 @@ def set_aside(path: str | os.PathLike) -> Path | None:
     while (moved := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     path.rename(moved)
+    return moved
+
+
+def hide_responses(output_dir: str | os.PathLike) -> dict[Path, Path]:
+    """Give every folder of responses in `output_dir`, this run's and earlier ones', a name with an underscore.
+
+    The Trainer uploads `output_dir` to the hub, but no name that begins so: harmful answers must not be published
+    unasked.
+
+    Args:
+        output_dir (path):
+            Of the run.
+
+    Returns:
+        `dict[Path, Path]`: new places by the old ones.
+
+    Raises:
+        OSError: if a folder cannot be renamed: an upload must not go on then.
+    """
+    moved = {}
+    for folder in sorted(Path(output_dir).glob(f"{RESPONSES_FOLDER}*")):
+        named = folder.name == RESPONSES_FOLDER or folder.name.startswith(f"{RESPONSES_FOLDER}.")
+        if not (named and folder.is_dir() and any(folder.glob("*step-*"))):
+            continue
+        hidden, number = folder.with_name(f"_{folder.name}"), 1
+        while hidden.exists():
+            hidden, number = folder.with_name(f"_{folder.name}.{number}"), number + 1
+        folder.rename(hidden)
+        moved[folder] = hidden
     return moved
 
 
@@ -191,8 +221,8 @@ class History:
 
     def _sweep(self) -> None:
         """Remove what a killed run was writing: files that never got their name, of which no one has read."""
-        unfinished = [self.path.parent.glob(f".{self.path.name}.*.tmp"), self.responses_folder.glob(".step-*.tmp")]
-        for file in itertools.chain(*unfinished):
+        folders = [self.path.parent.glob(f"[._]{self.path.name}.*.tmp"), self.responses_folder.glob("[._]step-*.tmp")]
+        for file in itertools.chain(*folders):
             file.unlink(missing_ok=True)
 
     def _set_aside(self, step: int, rows: list[dict]) -> list[Path]:

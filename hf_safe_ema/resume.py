@@ -219,8 +219,6 @@ class Run:
     """At the step that was resumed from."""
     begun: bool = False
     """The first epoch has."""
-    ending: bool = False
-    """`on_train_end` has come."""
     saved_steps: set[int] = field(default_factory=set)
     """Whose checkpoints have got the state."""
     undone: "UndoneStep | None" = None

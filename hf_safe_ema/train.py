@@ -18,9 +18,9 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 from trl import get_peft_config, get_quantization_config
 
-from .callback import UnsafeModelError
 from .data import load_finetuning_data, split_heldout
 from .decay import resolve_decays
+from .findings import UnsafeModelError
 from .history import HISTORY_NAME, check_writable, read_jsonl, write_whole
 from .memory import load_config
 from .plan import count_steps, describe

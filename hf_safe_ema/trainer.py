@@ -38,7 +38,7 @@ class _Callback(SafeEMACallback):
 
     def __init__(self, tell: Callable[[SafetyReport], None], **arguments):
         super().__init__(**arguments)
-        self._tell = tell
+        self._call = tell
         self.own_loss = False
         """Whether the trainer's loss is another than the model's, so that no loss of the average can stand beside it."""
 
@@ -62,28 +62,18 @@ class _Callback(SafeEMACallback):
         except Exception as error:
             logger.warning(f"the safety check of the {name} weights failed: {type(error).__name__}: {error}")
         self.reports.update(done)
-        values = {f"base_{key}": value for key, value in self._base_metrics.items()}
+        values = {f"base_{key}": value for key, value in self._findings.base_metrics.items()}
         for report in done.values():
-            self._pass_on(report)
+            self._tell(report)
             values.update(report.metrics(f"{name}_"))
         return values
-
-    def _check(self, weights: Sequence[str], args, state, *rest) -> None:
-        if self._checked_step == state.global_step:
-            return
-        try:
-            super()._check(weights, args, state, *rest)
-        finally:  # also where max_asr raises: it is that report which is wanted most
-            for name in weights:
-                if name in self.reports:
-                    self._pass_on(self.reports[name])
 
     def _ema_losses(self, *moment) -> dict[str, float]:
         return {} if self.own_loss else super()._ema_losses(*moment)
 
-    def _pass_on(self, report: SafetyReport) -> None:
+    def _tell(self, report: SafetyReport) -> None:
         try:
-            self._tell(report)
+            self._call(report)
         except Exception as error:
             logger.warning(f"step {report.step}: on_safety_report failed: {type(error).__name__}: {error}")
 
