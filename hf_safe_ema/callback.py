@@ -78,7 +78,8 @@ class SafeEMACallback(TrainerCallback):
     `transformers.Trainer`, TRL's SFTTrainer and DPOTrainer, full fine-tuning and PEFT adapters. In shadow mode the
     training itself is bit for bit what it would be without the callback.
 
-    Averaging LoRA's factors A and B apart, as done here, is not the same as averaging their product BA.
+    LoRA's factors A and B are averaged apart, which is not the same as averaging their product BA: on the testbed the two
+    differ by 7% to 30% in the weights, by at most 0.01 in held-out loss, and not measurably in safety (docs/peft.md).
 
     A run that was killed and is resumed from its last whole checkpoint ends as it would have without the kill: live
     weights, average and safety history, to the bit, as far as the Trainer's own part of a checkpoint allows. But
