@@ -210,7 +210,12 @@ def test_a_failing_ema_loss_does_not_end_the_run_at_the_choice_of_the_best_model
     )
 
     def fail(model, _):
-        if trainer.state.global_step in (1, 3) and trainer.is_in_train and not model.training and callback.ema._swapped:
+        if (
+            trainer.state.global_step in (1, 3)
+            and trainer.is_in_train
+            and not model.training
+            and callback.ema._swapped
+        ):
             raise RuntimeError("made to fail")
 
     trainer.model.register_forward_pre_hook(fail)

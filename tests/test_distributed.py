@@ -398,7 +398,9 @@ def test_one_process_writes(found):
     assert ours == set()
     assert any("safety_history" in name for name in first)
     assert any("step-000004" in name for name in first)
-    assert any(name.startswith("callback/") and "ema.unfinished-" in name for name in first)  # renamed to ema/ when it is whole
+    assert any(
+        name.startswith("callback/") and "ema.unfinished-" in name for name in first
+    )  # renamed to ema/ when it is whole
 
 
 def test_work_of_all_processes_fails_on_all_or_on_none(found):
