@@ -328,6 +328,7 @@ class SafeEMACallback(TrainerCallback):
         if self._save_moment is not None:
             self._save_moment.detach()
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        self.ema.rebind(model.named_parameters())  # loading the best model may have replaced them
         is_best = best is None or self._load_average_of(best)
         if best is None and self.check is not None and self._findings.checked_step != state.global_step > 0:
             # Stopped early, and the loggers are closed: for the history alone.

@@ -306,13 +306,29 @@ class WeightEMA:
             "displacements": [dict(displacement) for displacement in self._displacements],
         }
 
+    def rebind(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Go on with the parameters that now have the names of those averaged, where others took their place.
+
+        PEFT 0.21 puts new parameters into the model whenever it loads an adapter whose own are in 16 bits.
+
+        Args:
+            named_parameters (iterable of `(str, nn.Parameter)`):
+                Of the same model; their values are left as they are.
+
+        Raises:
+            KeyError: if an averaged parameter has no successor.
+        """
+        present = dict(named_parameters)
+        self._params = {name: present[name] for name in self._params}
+
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Take over a state saved by [`state_dict`]. Nothing is changed unless all of it fits.
 
         Args:
             state (`dict`):
-                As [`state_dict`] made it, of the same parameters, dtypes and decays.
+                As [`state_dict`] made it, of the same parameters, dtypes and decays. θ₀ may be in a narrower dtype
+                than the parameters have now: PEFT 0.21 loads 16-bit adapters in float32.
 
         Raises:
             ValueError: if names, shapes, dtypes or decays differ, naming the first that does.
@@ -329,7 +345,10 @@ class WeightEMA:
             if different:
                 raise ValueError(f"the saved average is of other parameters: {sorted(different)[0]!r} is in only one")
             for name, tensor in mine.items():
-                if tensor.shape != theirs[name].shape or tensor.dtype != theirs[name].dtype:
+                fits = tensor.dtype == theirs[name].dtype
+                if mine is self._base:  # which a wider dtype holds exactly
+                    fits = tensor.dtype == torch.promote_types(tensor.dtype, theirs[name].dtype)
+                if tensor.shape != theirs[name].shape or not fits:
                     raise ValueError(
                         f"{name}: saved as {tuple(theirs[name].shape)} {theirs[name].dtype}, "
                         f"expected {tuple(tensor.shape)} {tensor.dtype}"

@@ -42,18 +42,10 @@ KINDS = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-REFUSED = pytest.mark.xfail(
-    reason="PEFT 0.21 loads 16-bit adapters in float32, which WeightEMA.load_state_dict refuses", strict=True
-)
-STALE_PARAMETERS = pytest.mark.xfail(
-    reason="PEFT 0.21 replaces 16-bit adapters' parameters when the best model is loaded; WeightEMA writes to the old",
-    strict=True,
-)
 
-
-def runs(kinds=tuple(KINDS), bfloat16=()) -> list:
-    """Each kind in float32 and bfloat16, the latter with that mark."""
-    return [(kind, "float32") for kind in kinds] + [pytest.param(kind, "bfloat16", marks=bfloat16) for kind in kinds]
+def runs(kinds=tuple(KINDS)) -> list:
+    """Each kind in float32 and bfloat16."""
+    return [(kind, dtype) for dtype in DTYPES for kind in kinds]
 
 
 def lora(kind: str) -> LoraConfig:
@@ -205,7 +197,7 @@ def flat(ema) -> dict[str, bytes]:
     return {f"{part} {name}": value for part, tensors in parts.items() for name, value in bits(tensors).items()}
 
 
-@pytest.mark.parametrize(("kind", "dtype"), runs(bfloat16=REFUSED))
+@pytest.mark.parametrize(("kind", "dtype"), runs())
 def test_resumed_goes_on_with_the_average(finished, tmp_path, kind, dtype):
     run = finished(kind, dtype)
     first = FirstState(callback := safe_ema())
@@ -222,7 +214,7 @@ def test_resumed_goes_on_with_the_average(finished, tmp_path, kind, dtype):
         assert base.items() <= flat(callback.ema).items()
 
 
-@pytest.mark.parametrize(("kind", "dtype"), runs(["LoRA", "DoRA", "LoRA on the embedding"], bfloat16=STALE_PARAMETERS))
+@pytest.mark.parametrize(("kind", "dtype"), runs(["LoRA", "DoRA", "LoRA on the embedding"]))
 def test_the_average_of_the_best_checkpoint_is_held_and_saved(tmp_path, kind, dtype):
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     callback = safe_ema(check=None)
@@ -275,7 +267,6 @@ def test_qlora(qlora_trainer, tmp_path):
     assert {json.loads(row)["weights"] for row in responses} == {"live", "ema"}
 
 
-@STALE_PARAMETERS
 def test_qlora_holds_and_saves_the_average_of_the_best_checkpoint(qlora_trainer, tmp_path):
     trainer = qlora_trainer(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
     trainer.train()
@@ -284,7 +275,6 @@ def test_qlora_holds_and_saves_the_average_of_the_best_checkpoint(qlora_trainer,
     assert bits(adapters_in(trainer.model)) == bits(adapters_in(saved)) == averages
 
 
-@REFUSED
 def test_qlora_resumes(qlora_trainer, tmp_path):
     qlora_trainer().train()
     trainer = qlora_trainer()
