@@ -24,11 +24,12 @@ demo: setup
 demo-seeds: setup
 	$(BIN)/python benchmarks/demo_seeds.py --seeds 0 1 2 3 4
 
+# A file of tests is run by one of two processes, each on one core.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: setup
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .
