@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from . import testbed
 from .ema import WeightEMA, select_parameters
 from .report import format_table, summarise
 
@@ -96,7 +97,10 @@ def escaped(text: str) -> str:
 
 def _origin(ema: WeightEMA, model, name: str | None, step: int) -> str:
     """What these weights are; of a folder on a disk only its name, the path is nobody's business."""
-    shown = "unknown" if name is None else escaped(name if _is_hub_id(name) else Path(name).name)
+    if name is not None and Path(name) == testbed.MODEL_FOLDER:
+        shown = "the small Llama in hf_safe_ema"
+    else:
+        shown = "unknown" if name is None else escaped(name if _is_hub_id(name) else Path(name).name)
     half_life = math.log(0.5) / math.log(ema.decay) if ema.decay else 0.0
     lines = [
         f"# Averaged (EMA) weights, fine-tuned from {shown}\n" if name else "# Averaged (EMA) weights\n",
