@@ -263,12 +263,17 @@ def train(recipe: Recipe) -> dict:
 def _leave_together(trainer: SafeSFTTrainer) -> None:
     """End the work of several processes in order, so that none is ended by a signal for the way it left."""
     on_every_rank(lambda: None)  # the first still had files to write
-    # Torch (2.13) may abort a process ("terminate called without an active exception") that ends while something, such
-    # as DDP's wrapper of the model, still holds on to its process group.
+    # DDP's wrapper of the model would hold on to the process group beyond its end.
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
     if hasattr(trainer, "end"):  # since transformers 5.18; without it NCCL complains of processes that just leave
         trainer.end()
+
+
+def _end_process_group() -> None:
+    """Torch (2.13) now and then aborts a process ("terminate called ...") that ends with its group still there."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check_half_life(recipe: Recipe, trainer: SafeSFTTrainer) -> None:
@@ -333,13 +338,16 @@ def main(argv: Sequence[str]) -> int:
         if recipe.run.dry_run:
             with _on_every_process():
                 text = _describe(recipe) if speaks else ""
-            print(text, end="\n" if speaks else "")
+            print(text, end="\n" if speaks else "", flush=True)
+            on_every_rank(lambda: None)
             return 0
         result = train(recipe)
     except (InputError, UnsafeModelError) as error:
         if speaks:
             print(f"hf-safe-ema: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    finally:
+        _end_process_group()
     if speaks:
         print("\n" + (format_table(result["table"]) if result["table"] else "no weights were checked") + "\n")
         for what, where in result["files"].items():
