@@ -280,6 +280,8 @@ def main(folder: Path, *seeds: str) -> None:
     }
     rank = os.environ["RANK"]
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
+    on_every_rank(lambda: None)
+    torch.distributed.destroy_process_group()
 
 
 # What the tests see of it.
