@@ -1,7 +1,8 @@
 """Work that the processes of one run do together, such that none is left waiting when another fails.
 
 Knows: torch.distributed, and that a process that fails must still come to where the others wait.
-Does not know: what the work is.
+Does not know: what the work is. What is pickled here goes from memory to memory between the processes of one run, as
+torch's own object collectives do it; nothing pickled is ever written to a file or read from one.
 """
 
 import pickle
