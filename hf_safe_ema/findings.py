@@ -256,7 +256,7 @@ def hold_to_limit(
     """
     if max_asr is None:
         return
-    if row is None or row["asr"] is None or row["counts"]["unclear"] > sum(row["counts"].values()) / 2:
+    if row is None or row["asr"] is None or _judged(row["counts"]) < sum(row["counts"].values()) / 2:
         logger.warning(f"step {step}: too few answers of the {guarded} weights could be judged to hold max_asr")
         return
     if row["asr"] <= max_asr:
@@ -271,3 +271,7 @@ def hold_to_limit(
     logger.warning(message + ("; stopping the training" if on_violation == "stop" else ""))
     if on_violation == "stop" and control is not None:
         control.should_training_stop = True
+
+
+def _judged(counts: dict[str, int]) -> int:
+    return counts["refusal"] + counts["compliance"]

@@ -162,7 +162,9 @@ class SafeSFTTrainer(SFTTrainer):
         if type(self).judge_responses is not SafeSFTTrainer.judge_responses:
             name = f"{type(self).__name__}.judge_responses({check.judge.name})"
             check = copy.copy(check)
+            own = check.benign_judge is not check.judge
             check.judge = SimpleNamespace(name=name, judge=self.judge_responses)
+            check.benign_judge = check.benign_judge if own else check.judge
         return check
 
     # What a subclass may override.
@@ -199,7 +201,8 @@ class SafeSFTTrainer(SFTTrainer):
         return self.safety_arguments.build_check(progress=not self.args.disable_tqdm)
 
     def judge_responses(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """Verdicts on responses, one each, in the same order. Called for the harmful and for the harmless prompts.
+        """Verdicts on responses, one each, in the same order. Called for the harmful and, unless
+        they have a judge of their own, for the harmless prompts.
 
         Override it for a judge of your own, or to correct the configured one, which `super().judge_responses` asks.
         Reports then name the judge after your class. Responses are generated to their full length, since only the
@@ -213,7 +216,7 @@ class SafeSFTTrainer(SFTTrainer):
                 As many.
 
         Returns:
-            `list[Verdict]`: with label `"refusal"`, `"compliance"` or `"unclear"`.
+            `list[Verdict]`: with label `"refusal"`, `"compliance"`, `"unclear"` or `"unscored"`.
 
         Example:
 
@@ -234,7 +237,7 @@ class SafeSFTTrainer(SFTTrainer):
         ... )
         >>> _ = trainer.evaluate(rows)
         >>> trainer.safe_ema.reports["base"].judge
-        'StrictTrainer.judge_responses(keywords:default-v1)'
+        'StrictTrainer.judge_responses(keywords:default-v2)'
 
         ```
         """

@@ -725,7 +725,7 @@ def test_build_safety_check_sees_the_whole_trainer(model_folder, tmp_path):
     assert len(seen) == 1 and seen[0][1:] == (24, "<|eot_id|>")
     reports = trainer.safe_ema.reports
     assert sum(reports["ema"].counts.values()) == 1
-    assert reports["ema"].judge == "Own.judge_responses(keywords:default-v1)"
+    assert reports["ema"].judge == "Own.judge_responses(keywords:default-v2)"
     assert own.judge is judge  # the check that was handed over is as it was
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generation import generate_responses, render_prompt
-from .judges import KeywordJudge, Verdict
+from .judges import LABELS, KeywordJudge, Verdict
 from .prompts import PromptSet, load_prompts
 
 
@@ -84,6 +84,8 @@ class Response:
             What was asked and answered.
         label, reason (`str`):
             The verdict, see [`Verdict`].
+        score (`float`, *optional*):
+            The judge's, on its own scale.
     """
 
     kind: str
@@ -93,14 +95,15 @@ class Response:
     response: str
     label: str
     reason: str
+    score: float | None = None
 
 
 @dataclass(frozen=True)
 class SafetyReport:
     """What a check found, with all that its numbers depend on.
 
-    Rates are shares of the answers that could be judged; unclear ones (empty, incoherent, not judged) are counted
-    apart in `unclear` and `benign_unclear`, never as safe.
+    Rates are shares of the answers that could be judged. Unclear ones (empty, incoherent) and unscored ones (the judge gave
+    no usable verdict) are counted apart, never as safe.
 
     Args:
         weights (`str`):
@@ -110,7 +113,7 @@ class SafetyReport:
         harmful_set, benign_set (`str`, *optional*):
             Name and fingerprint of the prompts.
         judge (`str`):
-            Name and version of the rules.
+            Name and version of the rules that judged the harmful prompts' answers.
         template (`str`):
             Fingerprint of the chat template.
         system_prompt (`str`, *optional*):
@@ -121,6 +124,10 @@ class SafetyReport:
             Answers by label.
         by_category (`dict[str, dict[str, int]]`):
             The same for the harmful set, by category.
+        benign_judge (`str`, *optional*):
+            Name and version of the rules that judged the harmless prompts' answers.
+        top_score (`float`, *optional*):
+            Where the judge's own scale ends, if it has one.
         responses (`list[Response]`):
             Every answer, in order. Not part of `to_dict()`.
     """
@@ -136,6 +143,8 @@ class SafetyReport:
     counts: dict[str, int]
     benign_counts: dict[str, int]
     by_category: dict[str, dict[str, int]]
+    benign_judge: str | None = None
+    top_score: float | None = None
     responses: list[Response] = field(repr=False, default_factory=list)
 
     def _rate(self, counts: dict[str, int], label: str) -> Rate:
@@ -182,8 +191,29 @@ class SafetyReport:
         """Harmless prompts whose answer could not be judged."""
         return self.benign_counts["unclear"]
 
+    @property
+    def unscored(self) -> int:
+        """Answers to harmful and to harmless prompts that the judge gave no usable verdict on."""
+        return self.counts.get("unscored", 0) + self.benign_counts.get("unscored", 0)
+
+    @property
+    def mean_score(self) -> float | None:
+        """Mean score of the harmful prompts' answers, of those that have one. None if none has."""
+        scores = self._scores()
+        return sum(scores) / len(scores) if scores else None
+
+    @property
+    def top_score_share(self) -> float | None:
+        """Share of the scored answers to harmful prompts at the end of the judge's scale. None if none is scored."""
+        scores = self._scores()
+        return sum(score >= self.top_score for score in scores) / len(scores) if scores and self.top_score else None
+
+    def _scores(self) -> list[float]:
+        return [r.score for r in self.responses if r.kind == "harmful" and r.score is not None]
+
     def metrics(self, prefix: str = "") -> dict[str, float]:
-        """The numbers as flat metrics: `asr`, `refusal_rate`, `over_refusal`, `unclear`, `benign_unclear`.
+        """The numbers as flat metrics: `asr`, `refusal_rate`, `over_refusal`, `unclear`, `benign_unclear`; from a judge with
+        a scale `mean_score` and `top_score_share`, and from one that can fail to answer, `unscored`.
 
         Args:
             prefix (`str`, *optional*, defaults to `""`):
@@ -194,6 +224,9 @@ class SafetyReport:
             for are left out.
         """
         values = {"asr": self.asr, "refusal_rate": self.refusal_rate, "over_refusal": self.over_refusal}
+        values |= {"mean_score": self.mean_score, "top_score_share": self.top_score_share}
+        if self.unscored:
+            values["unscored"] = self.unscored / (sum(self.counts.values()) + sum(self.benign_counts.values()))
         if sum(self.counts.values()):
             values["unclear"] = self.unclear / sum(self.counts.values())
         if sum(self.benign_counts.values()):
@@ -209,6 +242,8 @@ class SafetyReport:
             refusal_rate=self.refusal_rate,
             over_refusal=self.over_refusal,
             over_refusal_interval=list(self.over_refusal_interval),
+            mean_score=self.mean_score,
+            top_score_share=self.top_score_share,
         )
         return values
 
@@ -223,8 +258,12 @@ class SafetyCheck:
             Harmless requests, for over-refusal. None: not asked.
         judge (`str` or object, *optional*, defaults to `"keywords"`):
             `"keywords"` (our default rules), the name of a published keyword list (see [`KeywordJudge`]), or an
-            object with `name` and `judge(prompts, responses) -> list[Verdict]`; if it also has
-            `decided(prompt, beginning) -> bool`, responses end as soon as that says so.
+            object with `name` and `judge(prompts, responses) -> list[Verdict]`: an [`LLMJudge`], a
+            [`ClassifierJudge`], or one of your own. If it also has `decided(prompt, beginning) -> bool`, responses end as
+            soon as that says so; if it has `top_score`, that is the end of its scale.
+        benign_judge (as `judge`, *optional*):
+            For the harmless prompts' answers, of which only refusal is asked. Default: `judge`, unless that measures
+            harm (its `measures` is not `"refusal"`), which tells nothing of a harmless request: then `"keywords"`.
         max_new_tokens (`int`, *optional*, defaults to 64):
             Longest response in tokens. Keyword verdicts rest on the first sentences; an LLM judge wants more.
         batch_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
@@ -256,6 +295,7 @@ class SafetyCheck:
         prompts: str | os.PathLike | Sequence[str] | PromptSet = "builtin",
         benign: str | os.PathLike | Sequence[str] | PromptSet | None = "builtin",
         judge="keywords",
+        benign_judge=None,
         max_new_tokens: int = 64,
         batch_size: int | str = "auto",
         system_prompt: str | None = None,
@@ -270,12 +310,17 @@ class SafetyCheck:
         if system_prompt is not None and not isinstance(system_prompt, str):
             raise TypeError(f"system_prompt={system_prompt!r}: must be text or None")
         self.judge = _build_judge(judge)
+        self.benign_judge = self._judge_of_refusal() if benign_judge is None else _build_judge(benign_judge)
         self.harmful = load_prompts(prompts, kind="harmful").sample(num_prompts)
         self.benign = None if benign is None else load_prompts(benign, kind="benign").sample(num_prompts)
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.system_prompt = system_prompt
         self.progress = progress
+
+    def _judge_of_refusal(self):
+        measures_refusal = getattr(self.judge, "measures", "refusal") == "refusal"
+        return self.judge if measures_refusal else KeywordJudge()
 
     def validate(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Raise now what would make every run fail for this tokenizer.
@@ -348,7 +393,7 @@ class SafetyCheck:
                 system_prompt=self.system_prompt,
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
-                decided=getattr(self.judge, "decided", None),
+                decided=getattr(self._judge_of(kind), "decided", None),
                 progress=self.progress and rank == 0,
                 description=f"{kind} prompts, {weights} weights",
             )
@@ -393,25 +438,31 @@ class SafetyCheck:
             counts=_count(response for response in responses if response.kind == "harmful"),
             benign_counts=_count(response for response in responses if response.kind == "benign"),
             by_category=_count_by_category(responses),
+            benign_judge=None if self.benign is None else self.benign_judge.name,
+            top_score=getattr(self.judge, "top_score", None),
             responses=responses,
         )
 
     def _sets(self) -> dict[str, PromptSet]:
         return {"harmful": self.harmful} | ({} if self.benign is None else {"benign": self.benign})
 
+    def _judge_of(self, kind: str):
+        return self.judge if kind == "harmful" else self.benign_judge
+
     def _judged(self, kind: str, prompt_set: PromptSet, texts: list[str]) -> list[Response]:
         if len(texts) != len(prompt_set.texts):
             raise ValueError(
                 f"{len(texts)} answers to {len(prompt_set.texts)} {kind} prompts; give one to each, in their order"
             )
-        verdicts: list[Verdict] = self.judge.judge(prompt_set.texts, texts)
+        judge = self._judge_of(kind)
+        verdicts: list[Verdict] = judge.judge(prompt_set.texts, texts)
         if len(verdicts) != len(texts):
             raise ValueError(
-                f"judge {self.judge.name!r} gave {len(verdicts)} verdicts on {len(texts)} responses; it must give one "
+                f"judge {judge.name!r} gave {len(verdicts)} verdicts on {len(texts)} responses; it must give one "
                 "each, in the same order"
             )
         return [
-            Response(kind, prompt.id, prompt.category, prompt.text, text, verdict.label, verdict.reason)
+            Response(kind, prompt.id, prompt.category, prompt.text, text, verdict.label, verdict.reason, verdict.score)
             for prompt, text, verdict in zip(prompt_set.prompts, texts, verdicts, strict=True)
         ]
 
@@ -434,7 +485,7 @@ def _build_judge(judge):
 
 def _count(responses: Iterable[Response]) -> dict[str, int]:
     counts = Counter(response.label for response in responses)
-    return {label: counts[label] for label in ("refusal", "compliance", "unclear")}
+    return {label: counts[label] for label in LABELS if counts[label] or label != "unscored"}
 
 
 def _count_by_category(responses: Sequence[Response]) -> dict[str, dict[str, int]]:

@@ -148,7 +148,7 @@ def test_num_prompts_limits_each_set():
 
 @pytest.mark.parametrize(
     ("judge", "name"),
-    [("keywords", "keywords:default-v1"), ("gcg-7", "keywords:gcg-7"), (KeywordJudge("qi-29"), "keywords:qi-29")],
+    [("keywords", "keywords:default-v2"), ("gcg-7", "keywords:gcg-7"), (KeywordJudge("qi-29"), "keywords:qi-29")],
 )
 def test_judges_by_name(judge, name):
     assert SafetyCheck(judge=judge).judge.name == name

@@ -137,14 +137,16 @@ def test_labels_do_not_depend_on_the_batch_size_in_float32(tiny):
     assert labels[0] == labels[1]
 
 
-def test_ending_early_gives_the_verdicts_of_the_full_length(tiny):
-    judge = KeywordJudge()
+@pytest.mark.parametrize("preset", ["default", "qi-29"])
+def test_ending_early_gives_the_verdicts_of_the_full_length(tiny, preset):
+    judge = KeywordJudge(preset)
     prompts = load_prompts("builtin").sample(20).texts + load_prompts("builtin", "benign").sample(20).texts
     full = ask(*tiny, prompts, max_new_tokens=48)
     early = ask(*tiny, prompts, max_new_tokens=48, decided=judge.decided)
     assert [v.label for v in judge.judge(prompts, early)] == [v.label for v in judge.judge(prompts, full)]
     assert all(whole.startswith(beginning) for whole, beginning in zip(full, early, strict=True))
-    assert sum(map(len, early)) < sum(map(len, full))
+    # The default reads one sentence more than this model's refusals have.
+    assert preset == "default" or sum(map(len, early)) < sum(map(len, full))
 
 
 def test_order_is_kept_whatever_the_lengths(exact):
