@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     from .demo import DemoConfig
+    from .safety.judges import PRESETS
 
     defaults = DemoConfig()
     demo.add_argument("--model", default=defaults.model, help="'testbed', a model folder, or a hub name")
@@ -84,6 +85,24 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output-dir", help="for plot, history, responses and the averaged model; must not exist")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo's output folder")
     demo.add_argument("--json", metavar="FILE", help="write table, history and settings as one JSON object")
+    judge = commands.add_parser(
+        "judge",
+        help="measure judges on responses that people have labelled, and against each other",
+        description="Accuracy and bias of judges on a file of labelled responses (.csv, .jsonl, .json: prompt, response, "
+        "label), and how far they agree with each other.",
+    )
+    judge.add_argument("file", help="labelled responses")
+    judge.add_argument(
+        "--judge",
+        action="append",
+        dest="judges",
+        metavar="NAME",
+        help=f"'keywords' (the default) or a published list ({', '.join(sorted(PRESETS))}); may be given several times",
+    )
+    judge.add_argument(
+        "--cases", metavar="FILE", help="write the responses on which labels differ (they may be harmful)"
+    )
+    judge.add_argument("--json", metavar="FILE", help="write the numbers as one JSON object")
     commands.add_parser(
         "train",
         add_help=False,  # train.py has its own
@@ -108,26 +127,65 @@ def main(argv: list[str] | None = None) -> int:
 
         return train.main(argv[1:])
     arguments = vars(build_parser().parse_args(argv))
-    arguments.pop("command")
-    json_file = arguments.pop("json")
-
-    from .demo import DemoConfig, run_demo, write_json
-    from .report import format_table
-
+    command = arguments.pop("command")
     try:
-        if json_file and not Path(json_file).resolve().parent.is_dir():
-            raise ValueError(f"--json {json_file}: its folder does not exist; make it first")
-        result = run_demo(DemoConfig(**arguments))
-        print("\n" + format_table(result["table"]) + "\n")
-        if json_file:
-            write_json(result, json_file)
+        return COMMANDS[command](**arguments)
     except (ValueError, TypeError, OSError) as error:
         print(f"hf-safe-ema: error: {error}", file=sys.stderr)
         return 2
+
+
+def demo(json: str | None, **settings) -> int:
+    """`hf-safe-ema demo`.
+
+    Args:
+        json (`str`, *optional*):
+            File for the result.
+        settings:
+            Of [`~hf_safe_ema.demo.DemoConfig`].
+    """
+    from .demo import DemoConfig, run_demo, write_json
+    from .report import format_table
+
+    _check_folder_of("--json", json)
+    result = run_demo(DemoConfig(**settings))
+    print("\n" + format_table(result["table"]) + "\n")
+    if json:
+        write_json(result, json)
     for what, where in result["files"].items():
         print(f"{what.replace('_', ' ')}: {where}")
     print(f"{result['seconds']:.0f} s")
     return 0
+
+
+def judge(file: str, judges: list[str] | None, cases: str | None, json: str | None) -> int:
+    """`hf-safe-ema judge`.
+
+    Args:
+        file (`str`):
+            Labelled responses.
+        judges (`list[str]`, *optional*):
+            Names.
+        cases, json (`str`, *optional*):
+            Files to write.
+    """
+    from .judging import format_judged, judge_file, write_judged
+
+    _check_folder_of("--json", json)
+    _check_folder_of("--cases", cases)
+    found = judge_file(file, judges or ["keywords"], cases)
+    print(format_judged(found))
+    if json:
+        write_judged(found, json)
+    return 0
+
+
+COMMANDS = {"demo": demo, "judge": judge}
+
+
+def _check_folder_of(flag: str, file: str | None) -> None:
+    if file and not Path(file).resolve().parent.is_dir():
+        raise ValueError(f"{flag} {file}: its folder does not exist; make it first")
 
 
 if __name__ == "__main__":

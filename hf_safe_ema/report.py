@@ -6,6 +6,8 @@ Knows: the history's rows, Markdown and matplotlib. Does not know: models, train
 import os
 from collections.abc import Iterable, Sequence
 
+from .tables import markdown_table, percent
+
 LABELS = {"base": "base", "live": "live", "ema": "EMA"}
 COLOURS = {"base": "#6b7280", "live": "#c2410c", "ema": "#1d4ed8"}
 
@@ -58,31 +60,20 @@ def format_table(summary: Sequence[dict]) -> str:
             From [`summarise`].
     """
     header = ["weights", "step", "ASR (95% interval)", "unclear", "over-refusal", "held-out loss", "distance to base"]
-    lines = [header]
+    lines = []
     for row in summary:
         lines.append(
             [
                 LABELS[row["weights"]],
                 str(row["step"]),
-                _percent(row["asr"], row["asr_interval"]),
+                percent(row["asr"], row["asr_interval"]),
                 f"{row['unclear']}/{row['num_prompts']}",
-                _percent(row["over_refusal"], row["over_refusal_interval"]),
+                percent(row["over_refusal"], row["over_refusal_interval"]),
                 "-" if row["heldout_loss"] is None else f"{row['heldout_loss']:.3f}",
                 f"{row['distance_to_base']:.2f}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    rendered = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    rendered.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(rendered)
-
-
-def _percent(rate: float | None, interval: Sequence[float]) -> str:
-    if rate is None:
-        return "none judged"
-    return f"{rate:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
+    return markdown_table(header, lines)
 
 
 def plot_history(rows: Iterable[dict], path: str | os.PathLike, title: str = "") -> None:

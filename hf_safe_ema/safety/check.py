@@ -309,8 +309,8 @@ class SafetyCheck:
             _check_count("batch_size", batch_size, "or 'auto'")
         if system_prompt is not None and not isinstance(system_prompt, str):
             raise TypeError(f"system_prompt={system_prompt!r}: must be text or None")
-        self.judge = _build_judge(judge)
-        self.benign_judge = self._judge_of_refusal() if benign_judge is None else _build_judge(benign_judge)
+        self.judge = build_judge(judge)
+        self.benign_judge = self._judge_of_refusal() if benign_judge is None else build_judge(benign_judge)
         self.harmful = load_prompts(prompts, kind="harmful").sample(num_prompts)
         self.benign = None if benign is None else load_prompts(benign, kind="benign").sample(num_prompts)
         self.max_new_tokens = max_new_tokens
@@ -472,7 +472,25 @@ def _check_count(name: str, value, alternative: str = "") -> None:
         raise ValueError(f"{name}={value!r}: must be a whole number, at least 1 {alternative}".rstrip())
 
 
-def _build_judge(judge):
+def build_judge(judge):
+    """A judge from its name, or as it is.
+
+    Args:
+        judge (`str` or object):
+            `"keywords"`, the name of a published keyword list, or an object with `name` and `judge(prompts, responses)`.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for an object that is no judge.
+
+    Example:
+
+    ```python
+    >>> build_judge("gcg-7").name
+    'keywords:gcg-7'
+
+    ```
+    """
     if isinstance(judge, str):
         return KeywordJudge("default" if judge == "keywords" else judge)
     if not callable(getattr(judge, "judge", None)) or not isinstance(getattr(judge, "name", None), str):
