@@ -71,9 +71,9 @@ def preserved_state(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase |
 class _EndDecided(StoppingCriteria):
     """Ends each sequence whose verdict can no longer change."""
 
-    def __init__(self, tokenizer, prompts: Sequence[str], prompt_length: int, decided: Callable[[str, str], bool]):
-        self.tokenizer, self.prompts, self.prompt_length, self.decided = tokenizer, prompts, prompt_length, decided
-        self.done = [False] * len(prompts)
+    def __init__(self, tokenizer, indices: Sequence[int], prompt_length: int, decided: Callable[[int, str], bool]):
+        self.tokenizer, self.indices, self.prompt_length, self.decided = tokenizer, indices, prompt_length, decided
+        self.done = [False] * len(indices)
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
         generated = input_ids[:, self.prompt_length :]  # (batch, tokens so far)
@@ -81,7 +81,7 @@ class _EndDecided(StoppingCriteria):
             waiting = [i for i, done in enumerate(self.done) if not done]
             texts = self.tokenizer.batch_decode(generated[waiting], skip_special_tokens=True)
             for i, text in zip(waiting, texts, strict=True):
-                self.done[i] = self.decided(self.prompts[i], text)
+                self.done[i] = self.decided(self.indices[i], text)
         return torch.tensor(self.done, device=input_ids.device)
 
 
@@ -149,7 +149,6 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     )
 
 
-@torch.no_grad()
 def generate_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -191,25 +190,60 @@ def generate_responses(
     Raises:
         ValueError: if the tokenizer has no chat template.
     """
-    check_chat_template(tokenizer)
-    responses: list[str | None] = [None] * len(prompts)
+    rendered = [render_prompt(tokenizer, prompt, system_prompt) for prompt in prompts]
+    return complete(
+        model,
+        tokenizer,
+        rendered,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        decided=None if decided is None else lambda i, beginning: decided(prompts[i], beginning),
+        progress=progress,
+        description=description,
+    )
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int | str = "auto",
+    decided: Callable[[int, str], bool] | None = None,
+    progress: bool = True,
+    description: str = "generation",
+) -> list[str]:
+    """Greedy continuations of texts, as they are: no template is put around them and no special token before.
+
+    Args:
+        model, tokenizer, max_new_tokens, batch_size, progress, description:
+            As for [`generate_responses`].
+        texts (list of `str`):
+            What the model is given.
+        decided (`Callable[[int, str], bool]`, *optional*):
+            Given the index of a text and the beginning of its continuation, whether the rest cannot matter any more.
+
+    Returns:
+        `list[str]`: in the order of the texts, without special tokens, stripped.
+    """
+    continuations: list[str | None] = [None] * len(texts)
     size = FIRST_BATCH_SIZE if batch_size == "auto" else batch_size
     with (
         preserved_state(model, tokenizer),
-        tqdm(total=len(prompts), desc=description, unit="prompt", leave=False, disable=not progress) as bar,
+        tqdm(total=len(texts), desc=description, unit="prompt", leave=False, disable=not progress) as bar,
     ):
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        rendered = [render_prompt(tokenizer, prompt, system_prompt) for prompt in prompts]
         # Like lengths together: less padding.
-        order = sorted(range(len(prompts)), key=lambda i: (len(rendered[i]), i))
+        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
         start = 0
         while start < len(order):
             chosen = order[start : start + size]
             try:
-                texts = _generate_batch(model, tokenizer, [rendered[i] for i in chosen], max_new_tokens,
-                                        decided, [prompts[i] for i in chosen])  # fmt: skip
+                found = _complete_batch(model, tokenizer, {i: texts[i] for i in chosen}, max_new_tokens, decided)
             except torch.OutOfMemoryError:
                 if batch_size != "auto" or size == 1:
                     raise
@@ -217,21 +251,22 @@ def generate_responses(
                 logger.warning(f"out of memory in the safety check: going on with {size} prompts at a time")
                 torch.cuda.empty_cache()
                 continue
-            for i, text in zip(chosen, texts, strict=True):
-                responses[i] = text
+            for i, text in zip(chosen, found, strict=True):
+                continuations[i] = text
             start += len(chosen)
             bar.update(len(chosen))
-    return responses
+    return continuations
 
 
-def _generate_batch(model, tokenizer, rendered, max_new_tokens, decided, prompts) -> list[str]:
-    # The template has already put the special tokens in.
-    inputs = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+def _complete_batch(model, tokenizer, texts: dict[int, str], max_new_tokens: int, decided) -> list[str]:
+    inputs = tokenizer(list(texts.values()), return_tensors="pt", padding=True, add_special_tokens=False).to(
+        model.device
+    )
     length = inputs["input_ids"].shape[1]
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         generation_config=_generation_config(model, tokenizer, max_new_tokens),
-        stopping_criteria=[_EndDecided(tokenizer, prompts, length, decided)] if decided else None,
+        stopping_criteria=[_EndDecided(tokenizer, list(texts), length, decided)] if decided else None,
     )
     return [text.strip() for text in tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)]
