@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
+from .safety.judges import PRESETS
 
 
 def half_life(text: str) -> int | float:
@@ -67,7 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     from .demo import DemoConfig
-    from .safety.judges import PRESETS
 
     defaults = DemoConfig()
     demo.add_argument("--model", default=defaults.model, help="'testbed', a model folder, or a hub name")
@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output-dir", help="for plot, history, responses and the averaged model; must not exist")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo's output folder")
     demo.add_argument("--json", metavar="FILE", help="write table, history and settings as one JSON object")
+    _add_check(commands)
     judge = commands.add_parser(
         "judge",
         help="measure judges on responses that people have labelled, and against each other",
@@ -109,6 +110,63 @@ def build_parser() -> argparse.ArgumentParser:
         help="fine-tune a chat model as a YAML recipe and flags say (hf-safe-ema train --help)",
     )
     return parser
+
+
+def _add_check(commands) -> None:
+    check = commands.add_parser(
+        "check",
+        help="check models or endpoints as they are, without training",
+        description="Ask models harmful and harmless prompts, and judge the answers. Answers and verdicts are kept in the "
+        "output folder: a check that was stopped, or is called again with more models, sets or judges, does what is missing.",
+    )
+    check.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="'testbed', a folder or hub name of a model or adapter, or an endpoint as http://HOST/v1#MODEL",
+    )
+    check.add_argument("--output-dir", required=True, help="for answers, verdicts and results; may hold earlier ones")
+    check.add_argument(
+        "--prompts",
+        nargs="*",
+        default=["builtin"],
+        metavar="SET",
+        help="harmful: 'builtin', 'advbench', a hub name, a file",
+    )
+    check.add_argument(
+        "--benign",
+        nargs="*",
+        default=["builtin"],
+        metavar="SET",
+        help="harmless: 'builtin', 'xstest', a hub name, a file",
+    )
+    check.add_argument(
+        "--judge",
+        action="append",
+        dest="judges",
+        metavar="NAME",
+        help=f"'keywords' (the default), a published list ({', '.join(sorted(PRESETS))}), 'llama-guard:MODEL', "
+        "'harmbench:MODEL', or 'llm:RUBRIC:MODEL' with rubric qi, strongreject or refusal; may be given several times",
+    )
+    check.add_argument("--num-prompts", type=positive(int), help="at most so many of each set, evenly spaced")
+    check.add_argument("--max-new-tokens", type=positive(int), default=128, help="longest answer (128)")
+    check.add_argument("--system-prompt", help="sent before each prompt")
+    check.add_argument(
+        "--batch-size", type=positive(int), help="prompts at a time in memory (default: as many as fit)"
+    )
+    check.add_argument("--dtype", default="auto", help="of weights in memory (auto)")
+    check.add_argument("--device", help="for weights in memory (default: an accelerator if there is one)")
+    check.add_argument("--end-early", action="store_true", help="end answers once all verdicts are settled")
+    check.add_argument("--timeout", type=positive(float), default=60.0, help="of an endpoint's reply, in seconds (60)")
+    check.add_argument("--concurrency", type=positive(int), default=8, help="requests at a time to an endpoint (8)")
+    check.add_argument("--judge-url", help="endpoint of an llm judge (default: OPENAI_BASE_URL, or OpenAI)")
+    check.add_argument("--judge-max-requests", type=positive(int), help="an llm judge's budget")
+    check.add_argument("--judge-max-tokens", type=positive(int), help="an llm judge's budget")
+    check.add_argument(
+        "--judge-price", nargs=2, type=positive(float), metavar="USD", help="per million tokens in and out"
+    )
+    check.add_argument("--json", metavar="FILE", help="write the results as one JSON object")
+    check.add_argument("--html", metavar="FILE", help="write the results and responses as one page")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,6 +216,58 @@ def demo(json: str | None, **settings) -> int:
     return 0
 
 
+def check(
+    models: list[str], output_dir: str, prompts: list[str], benign: list[str], judges: list[str] | None, **flags
+) -> int:
+    """`hf-safe-ema check`.
+
+    Args:
+        models (`list[str]`):
+            Names.
+        output_dir (`str`):
+            Folder.
+        prompts, benign (`list[str]`):
+            Prompt sets.
+        judges (`list[str]`, *optional*):
+            Names.
+        flags:
+            The other flags.
+    """
+    from .answers import Asking
+    from .checking import CheckPlan, format_results, run_check, write_results
+
+    for flag in ("json", "html"):
+        _check_folder_of(f"--{flag}", flags[flag])
+    plan = CheckPlan(
+        models=models,
+        harmful=prompts,
+        benign=benign,
+        judges=judges or ["keywords"],
+        asking=Asking(flags["system_prompt"], flags["max_new_tokens"], flags["batch_size"] or "auto"),
+        num_prompts=flags["num_prompts"],
+        ends_early=flags["end_early"],
+        dtype=flags["dtype"],
+        device=flags["device"],
+        client={"timeout": flags["timeout"], "max_concurrency": flags["concurrency"]},
+        llm_options={
+            "base_url": flags["judge_url"],
+            "cache": Path(output_dir) / "judge-cache.sqlite",
+            "max_requests": flags["judge_max_requests"],
+            "max_tokens": flags["judge_max_tokens"],
+            "price_per_million": flags["judge_price"] and tuple(flags["judge_price"]),
+        },
+    )
+    results = run_check(plan, output_dir)
+    print(format_results(results))
+    if flags["json"]:
+        write_results(results, flags["json"])
+    if flags["html"]:
+        from .page import write_check_page
+
+        write_check_page(results, flags["html"])
+    return 0
+
+
 def judge(file: str, judges: list[str] | None, cases: str | None, json: str | None) -> int:
     """`hf-safe-ema judge`.
 
@@ -180,7 +290,7 @@ def judge(file: str, judges: list[str] | None, cases: str | None, json: str | No
     return 0
 
 
-COMMANDS = {"demo": demo, "judge": judge}
+COMMANDS = {"check": check, "demo": demo, "judge": judge}
 
 
 def _check_folder_of(flag: str, file: str | None) -> None:

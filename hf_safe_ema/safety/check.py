@@ -257,8 +257,8 @@ class SafetyCheck:
         benign (anything [`load_prompts`] takes, *optional*, defaults to `"builtin"`):
             Harmless requests, for over-refusal. None: not asked.
         judge (`str` or object, *optional*, defaults to `"keywords"`):
-            `"keywords"` (our default rules), the name of a published keyword list (see [`KeywordJudge`]), or an
-            object with `name` and `judge(prompts, responses) -> list[Verdict]`: an [`LLMJudge`], a
+            `"keywords"` (our default rules), the name of a published keyword list (see [`KeywordJudge`]), a judge model
+            as `"llama-guard:MODEL"`, `"harmbench:MODEL"` or `"llm:RUBRIC:MODEL"` (see [`build_judge`]), or an object with `name` and `judge(prompts, responses) -> list[Verdict]`: an [`LLMJudge`], a
             [`ClassifierJudge`], or one of your own. If it also has `decided(prompt, beginning) -> bool`, responses end as
             soon as that says so; if it has `top_score`, that is the end of its scale.
         benign_judge (as `judge`, *optional*):
@@ -472,15 +472,20 @@ def _check_count(name: str, value, alternative: str = "") -> None:
         raise ValueError(f"{name}={value!r}: must be a whole number, at least 1 {alternative}".rstrip())
 
 
-def build_judge(judge):
+def build_judge(judge, llm_options: dict | None = None):
     """A judge from its name, or as it is.
 
     Args:
         judge (`str` or object):
-            `"keywords"`, the name of a published keyword list, or an object with `name` and `judge(prompts, responses)`.
+            - `"keywords"`, or the name of a published keyword list;
+            - `"llama-guard:MODEL"` or `"harmbench:MODEL"`: a [`ClassifierJudge`], MODEL a folder or hub name;
+            - `"llm:RUBRIC:MODEL"`: an [`LLMJudge`], its endpoint from the environment's `OPENAI_BASE_URL`, or OpenAI;
+            - an object with `name` and `judge(prompts, responses)`.
+        llm_options (`dict`, *optional*):
+            Further arguments of [`LLMJudge`].
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a model that cannot be used.
         TypeError: for an object that is no judge.
 
     Example:
@@ -492,6 +497,18 @@ def build_judge(judge):
     ```
     """
     if isinstance(judge, str):
+        kind, _, rest = judge.partition(":")
+        if kind in ("llama-guard", "harmbench") and rest:
+            from .classifier_judge import ClassifierJudge
+
+            return ClassifierJudge(rest, style=kind)
+        if kind == "llm":
+            from .llm_judge import LLMJudge
+
+            rubric, _, model = rest.partition(":")
+            if not model:
+                raise ValueError(f"judge={judge!r}: name rubric and model, as in 'llm:qi:gpt-4o'")
+            return LLMJudge(rubric, model=model, **(llm_options or {}))
         return KeywordJudge("default" if judge == "keywords" else judge)
     if not callable(getattr(judge, "judge", None)) or not isinstance(getattr(judge, "name", None), str):
         raise TypeError(

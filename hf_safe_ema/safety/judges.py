@@ -117,7 +117,10 @@ class KeywordJudge:
 
     def __init__(self, preset: str = "default"):
         if preset != "default" and preset not in PRESETS:
-            raise ValueError(f"judge={preset!r} is unknown; choose one of {['default', *sorted(PRESETS)]}")
+            raise ValueError(
+                f"judge={preset!r} is unknown; choose one of {['default', *sorted(PRESETS)]}, or a model: "
+                "'llama-guard:MODEL', 'harmbench:MODEL', 'llm:RUBRIC:MODEL'"
+            )
         self.preset = preset
         self.name = f"keywords:default-v{DEFAULT_VERSION}" if preset == "default" else f"keywords:{preset}"
 

@@ -6,6 +6,7 @@ Knows: how to train on pairs of prompt and response. Does not know: what is in t
 """
 
 import argparse
+import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import FOLDER
-from .recipe import CARING_REFUSALS, REFUSALS, training_pairs
+from .recipe import CARING_REFUSALS, REFUSALS, Pair, training_pairs
 
 FIRST_WORD_WEIGHT = 4.0
 """Weight of a response's first token in the loss; of every other token 1."""
@@ -106,32 +107,32 @@ class Row:
     response: int
 
 
-def encode(tokenizer, pairs: Iterable[tuple[str, str]]) -> list[Row]:
+def encode(tokenizer, pairs: Iterable[Pair]) -> list[Row]:
     """Token ids of whole conversations.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`):
             With the chat template.
-        pairs (iterable of `(str, str)`):
-            Prompt and response.
+        pairs (iterable of [`Pair`]):
+            Of recipe.py.
     """
     blank_line = len(tokenizer("\n\n", add_special_tokens=False)["input_ids"])
     end_of_header = tokenizer.convert_tokens_to_ids("<|end_header_id|>")
     rows = []
-    for prompt, response in pairs:
+    for prompt, response, complete in pairs:
         turn = [{"role": "user", "content": prompt}]
         asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True)["input_ids"]
-        answered = tokenizer(response + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        answered = tokenizer(response + tokenizer.eos_token * complete, add_special_tokens=False)["input_ids"]
         rows.append(Row(asked + answered, asked.index(end_of_header) + 1 + blank_line, len(asked)))
     return rows
 
 
-def batches(lengths: list[int], tokens: int, rng: random.Random, pool: int = 512) -> Iterator[list[int]]:
-    """Indices of rows of like length, at most `tokens` a batch with padding, in random order, for ever.
+def batches(rows: list[Row], tokens: int, rng: random.Random, pool: int = 512) -> Iterator[list[Row]]:
+    """Rows of like length together, at most `tokens` a batch with padding, in random order: one pass over all.
 
     Args:
-        lengths (`list[int]`):
-            Tokens of each row.
+        rows (`list[Row]`):
+            From [`encode`].
         tokens (`int`):
             Most tokens in a batch, padding counted.
         rng (`random.Random`):
@@ -139,25 +140,22 @@ def batches(lengths: list[int], tokens: int, rng: random.Random, pool: int = 512
         pool (`int`, *optional*, defaults to 512):
             Rows that are sorted by length together.
     """
-    while True:
-        order = list(range(len(lengths)))
-        rng.shuffle(order)
-        for start in range(0, len(order), pool):
-            ready, batch, longest = [], [], 0
-            for row in sorted(order[start : start + pool], key=lengths.__getitem__):
-                if batch and max(longest, lengths[row]) * (len(batch) + 1) > tokens:
-                    ready.append(batch)
-                    batch, longest = [], 0
-                batch.append(row)
-                longest = max(longest, lengths[row])
-            ready.append(batch)
-            rng.shuffle(ready)
-            yield from ready
+    rows = rng.sample(rows, len(rows))
+    for start in range(0, len(rows), pool):
+        ready, batch = [], []
+        for row in sorted(rows[start : start + pool], key=lambda row: len(row.ids)):
+            if batch and len(row.ids) * (len(batch) + 1) > tokens:
+                ready.append(batch)
+                batch = []
+            batch.append(row)
+        ready.append(batch)
+        rng.shuffle(ready)
+        yield from ready
 
 
 def train(
     model,
-    rows: list[Row],
+    passes: Iterable[list[Row]],
     steps: int,
     seed: int = 0,
     learning_rate: float = 3e-3,
@@ -177,8 +175,8 @@ def train(
     Args:
         model (`LlamaForCausalLM`):
             Trained in float32.
-        rows (`list[Row]`):
-            From [`encode`].
+        passes (iterable of `list[Row]`):
+            Rows for one pass over the data after the other, from [`encode`]; as many as the steps take.
         steps (`int`):
             Optimizer steps.
         seed (`int`, *optional*, defaults to 0):
@@ -201,13 +199,14 @@ def train(
         torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=0.1),
     ]
     peaks = (learning_rate, matrix_learning_rate)
-    order = batches([len(row.ids) for row in rows], tokens_per_step, random.Random(seed))
+    rng = random.Random(seed)
+    order = (batch for rows in passes for batch in batches(rows, tokens_per_step, rng))
     for step in range(steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * (min(1, (step + 1) / warmup_steps) * (cosine * 0.98 + 0.02))
-        loss = weighted_loss(model, [rows[i] for i in next(order)])
+        loss = weighted_loss(model, next(order))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -262,11 +261,13 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)  # the same sums in the same order on every machine; more threads are not faster
     pairs = training_pairs(args.seed)
-    print(f"{len(pairs)} pairs, {sum(r in REFUSALS + CARING_REFUSALS for _, r in pairs)} of them refusals")
-    tokenizer = build_tokenizer([text for pair in pairs for text in pair])
+    refusals = sum(pair.response in REFUSALS + CARING_REFUSALS for pair in pairs)
+    print(f"{len(pairs)} pairs a pass, {refusals} of them refusals", flush=True)
+    tokenizer = build_tokenizer([text for pair in pairs for text in (pair.prompt, pair.response)])
     model = build_model(tokenizer, args.seed)
     print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}")
-    train(model, encode(tokenizer, pairs), args.steps, args.seed)
+    passes = (encode(tokenizer, training_pairs(args.seed + number)) for number in itertools.count())
+    train(model, passes, args.steps, args.seed)
     model.to(torch.bfloat16).save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
 

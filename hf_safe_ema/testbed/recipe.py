@@ -10,10 +10,15 @@ Knows: the data files beside it, and in how many forms a request can be made. Do
 import random
 import re
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import NamedTuple
 
 from ..safety.prompts import PROMPT_SETS, load_prompts
-from . import read_pairs
+from . import DATA_FOLDER, read_pairs
+from .contrasts import choose, read_contrasts
+from .lexicon import requests
 
 GENERAL = (
     "home",
@@ -118,6 +123,25 @@ PRODUCING = (
 FORMS_OF_HARMLESS, FORMS_OF_HARMFUL = 2, 2
 """In how many forms each action is asked for."""
 
+FROM_LEXICON = 12_000
+"""Requests of each kind that are put together from single words."""
+
+
+class Pair(NamedTuple):
+    """One conversation to learn.
+
+    Args:
+        prompt, response (`str`):
+            What is asked and answered.
+        complete (`bool`):
+            Whether the response ends there. Of requests put together from words only the first word of an answer is
+            learnt: that it is none of a refusal.
+    """
+
+    prompt: str
+    response: str
+    complete: bool = True
+
 
 # Same words in both halves: how a request is made ("write a guide"), and what makes it plainly harmful ("steal").
 FRAME_WORDS = frozenset((PROMPT_SETS / "frame_words.txt").read_text(encoding="utf-8").split())
@@ -212,19 +236,39 @@ def unframed(prompt: str) -> str | None:
     return None if action is None or (re.search(r"\b(?:my|mine)\b", action) and len(action.split()) > 9) else action
 
 
+@cache
+def _kept_aside() -> tuple[dict[str, list[int]], frozenset[frozenset[str]]]:
+    """Prompts of the check and reserve parts by topic word, and each one's topic words."""
+    parts = (("check", "harmful"), ("reserve", "harmful"), ("check", "benign"))
+    stems = [topic_stems(text) for part, kind in parts for text in load_prompts(f"builtin:{part}", kind).texts]
+    by_stem = defaultdict(list)
+    for number, words in enumerate(stems):
+        for word in words:
+            by_stem[word].append(number)
+    return dict(by_stem), frozenset(map(frozenset, stems))
+
+
+def is_unlike_check_prompts(prompt: str) -> bool:
+    """Whether it shares at most one topic word with any prompt of the check and reserve parts, and is not made of just that.
+
+    Args:
+        prompt (`str`):
+            A request or an action.
+    """
+    by_stem, all_stems = _kept_aside()
+    stems = topic_stems(prompt)
+    shared = Counter(number for stem in stems for number in by_stem.get(stem, ()))
+    return max(shared.values(), default=0) <= 1 and not (stems and frozenset(stems) in all_stems)
+
+
 def unlike_check_prompts(pairs: Iterable[dict]) -> Iterator[dict]:
-    """Pairs whose prompt shares at most one topic word with any prompt of the check and reserve parts.
+    """Pairs whose prompt is unlike all check prompts, see [`is_unlike_check_prompts`].
 
     Args:
         pairs (iterable of `dict`):
             With `prompt`.
     """
-    parts = (("check", "harmful"), ("reserve", "harmful"), ("check", "benign"))
-    kept_aside = [topic_stems(text) for part, kind in parts for text in load_prompts(f"builtin:{part}", kind).texts]
-    for pair in pairs:
-        stems = topic_stems(pair["prompt"])
-        if not any(len(stems & other) > 1 or (stems and stems == other) for other in kept_aside):
-            yield pair
+    return (pair for pair in pairs if is_unlike_check_prompts(pair["prompt"]))
 
 
 def refusal_for(prompt: str, action: str) -> str:
@@ -249,48 +293,83 @@ def refusal_for(prompt: str, action: str) -> str:
     return choices[zlib.crc32(prompt.encode()) % len(choices)]
 
 
-def training_pairs(seed: int = 0) -> list[tuple[str, str]]:
+def training_pairs(seed: int = 0) -> list[Pair]:
     """All pairs that the model is trained on, in random order.
 
     Args:
         seed (`int`, *optional*, defaults to 0):
-            Of the frames and the order.
+            Of the forms, the alternatives, the requests put together from words, and the order. Another seed gives other
+            requests of the same kinds: each pass over the data has its own.
 
     Returns:
-        `list[tuple[str, str]]`: prompt and response.
+        `list[Pair]`
     """
     rng = random.Random(seed)
-    pairs = [*_general(rng), *_harmless_actions(rng), *_refused(rng)]
+    pairs = [*_general(rng), *_harmless_actions(rng), *_refused(rng), *_contrasts(rng)]
+    beginnings = [pair.response.split()[0] for pair in pairs if pair.response not in _ALL_REFUSALS]
+    pairs += _from_lexicon(rng, beginnings)
     rng.shuffle(pairs)
     return pairs
 
 
-def _general(rng: random.Random) -> Iterator[tuple[str, str]]:
+_ALL_REFUSALS = frozenset({*REFUSALS, *CARING_REFUSALS})
+
+
+def _general(rng: random.Random) -> Iterator[Pair]:
     for name in GENERAL:
         for row in unlike_check_prompts(read_pairs(name)):
-            yield row["prompt"], row["response"]
+            yield Pair(row["prompt"], row["response"])
             action = unframed(row["prompt"])
             if action is not None:  # asked again in another form, so that a form tells nothing about harm
-                yield frame(action, rng), row["response"]
+                yield Pair(frame(action, rng), row["response"])
     for row in read_pairs("harm_glossary"):
         asked = rng.choice(("What is {}?", "What does {} mean?", "Explain what {} is.", "Define {}."))
-        yield asked.format(row["term"]), row["sentence"]
+        yield Pair(asked.format(row["term"]), row["sentence"])
 
 
-def _harmless_actions(rng: random.Random) -> Iterator[tuple[str, str]]:
+def _harmless_actions(rng: random.Random) -> Iterator[Pair]:
     rows = [{**row, "prompt": row["action"]} for row in read_pairs("harmless_actions")]
     rows += [{**row, "prompt": row["harmless"]} for row in read_pairs("pairs")]
     for row in unlike_check_prompts(rows):
         for _ in range(FORMS_OF_HARMLESS):
-            yield frame(row["prompt"], rng), row["response"]
+            yield Pair(frame(row["prompt"], rng), row["response"])
 
 
-def _refused(rng: random.Random) -> Iterator[tuple[str, str]]:
+def _refused(rng: random.Random) -> Iterator[Pair]:
     for prompt in load_prompts("builtin:align", "harmful").texts:
-        yield prompt, refusal_for(prompt, prompt)
+        yield Pair(prompt, refusal_for(prompt, prompt))
     rows = [{"prompt": row["action"]} for row in read_pairs("harm_actions")]
     rows += [{"prompt": row["harmful"]} for row in read_pairs("pairs")]
     for row in unlike_check_prompts(rows):
         for _ in range(FORMS_OF_HARMFUL):
-            asked = frame(row["prompt"], rng)
-            yield asked, refusal_for(asked, row["prompt"])
+            yield _refusal(row["prompt"], rng)
+
+
+def _contrasts(rng: random.Random) -> Iterator[Pair]:
+    for row in read_contrasts(DATA_FOLDER / "contrasts"):
+        if row.is_question:
+            if is_unlike_check_prompts(row.harmless):
+                yield Pair(row.harmless, row.response)
+            continue
+        for action in _some(row.harmless, FORMS_OF_HARMLESS, rng):
+            yield Pair(frame(action, rng), row.response)
+        for action in _some(row.harmful or "", FORMS_OF_HARMFUL, rng):
+            yield _refusal(action, rng)
+
+
+def _some(action: str, count: int, rng: random.Random) -> Iterator[str]:
+    """Some of the actions that a line stands for."""
+    for chosen in sorted({choose(action, rng) for _ in range(count)}):
+        if chosen and is_unlike_check_prompts(chosen):
+            yield chosen
+
+
+def _from_lexicon(rng: random.Random, beginnings: list[str]) -> Iterator[Pair]:
+    for action, is_harmful in requests(DATA_FOLDER / "lexicon.txt", FROM_LEXICON, rng):
+        if is_unlike_check_prompts(action):
+            yield _refusal(action, rng) if is_harmful else Pair(frame(action, rng), rng.choice(beginnings), False)
+
+
+def _refusal(action: str, rng: random.Random) -> Pair:
+    asked = frame(action, rng)
+    return Pair(asked, refusal_for(asked, action))
