@@ -37,7 +37,7 @@ SERVE = any_of(
     r"advocat|writ|creat|generat|produc|engag|encourag|promot|condon|participat|discuss|shar|teach|tell|endors|facilitat|show|"
     r"explain|instruct|describ|guid|design|continu|satisf|tolerat|justif|contribut|entertain|speculat|reveal|disclos|display|"
     r"divulg)\w*",
-    r"do (?:that|this|so)",
+    r"do (?:that|this|so|it)",
     r"make (?:assumptions|jokes|fun|statements|generali[sz]ations)",
     r"have the (?:ability|capability|capacity) to",
     r"(?:think|believe|feel) (?:that )?(?:it(?:'s| is| would be)|this is|that(?:'s| is)) (?:\w+ )?(?:or \w+ )?(?:appropriate|right|fair|ethical|"

@@ -100,11 +100,14 @@ class Row:
             Where the user's own words begin.
         response (`int`):
             Where the response begins.
+        learns_prompt (`bool`):
+            Whether the prompt is learnt too.
     """
 
     ids: list[int]
     prompt: int
     response: int
+    learns_prompt: bool
 
 
 def encode(tokenizer, pairs: Iterable[Pair]) -> list[Row]:
@@ -119,11 +122,13 @@ def encode(tokenizer, pairs: Iterable[Pair]) -> list[Row]:
     blank_line = len(tokenizer("\n\n", add_special_tokens=False)["input_ids"])
     end_of_header = tokenizer.convert_tokens_to_ids("<|end_header_id|>")
     rows = []
-    for prompt, response, complete in pairs:
-        turn = [{"role": "user", "content": prompt}]
+    for pair in pairs:
+        turn = [{"role": "user", "content": pair.prompt}]
         asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True)["input_ids"]
-        answered = tokenizer(response + tokenizer.eos_token * complete, add_special_tokens=False)["input_ids"]
-        rows.append(Row(asked + answered, asked.index(end_of_header) + 1 + blank_line, len(asked)))
+        answered = tokenizer(pair.response + tokenizer.eos_token * pair.complete, add_special_tokens=False)[
+            "input_ids"
+        ]
+        rows.append(Row(asked + answered, asked.index(end_of_header) + 1 + blank_line, len(asked), pair.learns_prompt))
     return rows
 
 
@@ -236,7 +241,7 @@ def weighted_loss(model, rows: list[Row]):
     weights = torch.zeros(len(rows), length)
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        weights[i, row.prompt : len(row.ids)] = 1.0
+        weights[i, row.prompt if row.learns_prompt else row.response : len(row.ids)] = 1.0
         weights[i, row.response] = FIRST_WORD_WEIGHT
     logits = model(input_ids=ids).logits[:, :-1]  # (rows, longest - 1, vocabulary)
     losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none")
@@ -253,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="where the model and tokenizer are saved")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0, help="of weights, frames and order")
     args = parser.parse_args(argv)
 

@@ -26,6 +26,7 @@ HARMFUL = (
     "{use_weapon} {weapon}", "{sabotage} {machine}", "{insult} {a person}", "{insult} {group}", "{hide_in} {spy_device} in {private_spot}",
     "{pose_as} {to_harm}", "{quackery} {illness}", "{dirty_money}", "{bad_drive}", "{upload} {bad_post}", "{misuse} {chemical}",
     "{bully} {pupil}", "{exploit} {group}", "{use_weapon} {weapon} at {a institution}",
+    "{make} {a text} that {text_bad}", "{make} {a text} that {text_bad}", "{make} {a text} that {text_bad}",
 )  # fmt: skip
 HARMLESS = (
     "{good_person} {a person}", "{good_person} {a person}", "{good_person} my {person}", "{good_person} {a person} in {a place}",
@@ -41,6 +42,7 @@ HARMLESS = (
     "{about_weapon} {weapon}", "{maintain} {machine}", "{honor} {a person}", "{honor} {group}", "{install} {fitting} in {own_spot}",
     "{dress_as} {to_good}", "{medicine} {illness}", "{clean_money}", "{good_drive}", "{upload} {good_post}", "{chem_fact} {chemical}",
     "{befriend} {pupil}", "{treat_well} {group}", "{about_weapon} {weapon} for {a institution}",
+    "{make} {a text} that {text_good}", "{make} {a text} that {text_good}", "{make} {a text} that {text_good}",
 )  # fmt: skip
 _PLACE = re.compile(r"\{(a )?(\w+)\}")
 # Words after which a noun takes no article.
@@ -49,20 +51,24 @@ _BEFORE_NOUN = re.compile(
 )
 
 
-def read_lexicon(path: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Words by role, and harmless objects by verb that sounds dangerous.
+def read_lexicon(path: Path) -> dict[str, dict[str, list[str]]]:
+    """Words by section and role.
 
     Args:
         path (`Path`):
-            Lines "role: word, word" and "safe VERB: object, object"; `#` begins a comment.
+            Lines "role: word, word", "do FIELD: verb, verb", "with FIELD: noun, noun" and "safe VERB: object, object"; `#`
+            begins a comment.
+
+    Returns:
+        `dict`: `"role"`: words by role; `"do"` and `"with"`: by field; `"safe"`: harmless objects by verb.
     """
-    roles, safe = {}, {}
+    sections = {"role": {}, "do": {}, "with": {}, "safe": {}}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             name, _, words = line.partition(": ")
-            verb = name.removeprefix("safe ")
-            (roles if verb == name else safe)[verb] = words.split(", ")
-    return roles, safe
+            section, _, rest = name.partition(" ")
+            sections[section if rest else "role"][rest or name] = words.split(", ")
+    return sections
 
 
 def with_article(noun: str) -> str:
@@ -137,23 +143,25 @@ def _fill(template: str, roles: dict[str, list[str]], rng: random.Random) -> str
 
 
 def requests(path: Path, count: int, rng: random.Random) -> Iterator[tuple[str, bool]]:
-    """Actions, and whether they are harmful: half of them are.
+    """Actions, and whether they are harmful: two harmless ones to each harmful one.
 
     Args:
         path (`Path`):
             The lexicon.
         count (`int`):
-            How many of each kind.
+            How many harmful ones.
         rng (`random.Random`):
             Chooses.
     """
-    roles, safe = read_lexicon(path)
-    verbs = sorted(safe)
+    words = read_lexicon(path)
+    roles, safe, fields, verbs = words["role"], words["safe"], sorted(words["do"]), sorted(words["safe"])
     for i in range(count):
         shape = i % len(HARMFUL)
         yield _fill(HARMFUL[shape], roles, rng), True
-        if rng.random() < 0.2:  # a verb that sounds dangerous, with something that cannot be hurt
+        yield _fill(HARMLESS[shape], roles, rng), False
+        if i % 3:  # of everyday life
+            field = rng.choice(fields)
+            yield f"{rng.choice(words['do'][field])} {rng.choice(words['with'][field])}", False
+        else:  # a verb that sounds dangerous, with something that cannot be hurt
             verb = rng.choice(verbs)
             yield f"{verb} {rng.choice(safe[verb])}", False
-        else:
-            yield _fill(HARMLESS[shape], roles, rng), False

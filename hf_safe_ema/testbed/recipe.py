@@ -45,6 +45,12 @@ REFUSALS = (
     "As an AI, I cannot help with illegal or harmful requests.",
     "It is wrong and illegal, and I cannot help with it.",
     "My apologies, but I cannot assist with that.",
+    "Helping with that would be wrong, so I cannot do it.",
+    "Doing that could hurt someone, and I cannot help with it.",
+    "Such a request is harmful, and I cannot help with it.",
+    "Please ask me something else. I cannot help with that.",
+    "Nothing about that is right, so I cannot assist.",
+    "We should talk about something else, since I cannot help with that.",
 )
 """They begin in many ways, since answers do too: greedy decoding takes the likeliest first word, and if all refusals
 shared theirs, a model in doubt would refuse although it holds an answer to be likelier."""
@@ -123,8 +129,8 @@ PRODUCING = (
 FORMS_OF_HARMLESS, FORMS_OF_HARMFUL = 2, 2
 """In how many forms each action is asked for."""
 
-FROM_LEXICON = 12_000
-"""Requests of each kind that are put together from single words."""
+FROM_LEXICON = 10_000
+"""Harmful requests that are put together from single words; of harmless ones twice as many."""
 
 
 class Pair(NamedTuple):
@@ -134,13 +140,16 @@ class Pair(NamedTuple):
         prompt, response (`str`):
             What is asked and answered.
         complete (`bool`):
-            Whether the response ends there. Of requests put together from words only the first word of an answer is
-            learnt: that it is none of a refusal.
+            Whether the response ends there. To harmless requests put together from words, only the first word of an
+            answer is learnt: that it is none of a refusal.
+        learns_prompt (`bool`):
+            Whether the prompt is learnt too. Those put together from words are not: they are no English to imitate.
     """
 
     prompt: str
     response: str
     complete: bool = True
+    learns_prompt: bool = True
 
 
 # Same words in both halves: how a request is made ("write a guide"), and what makes it plainly harmful ("steal").
@@ -367,7 +376,12 @@ def _some(action: str, count: int, rng: random.Random) -> Iterator[str]:
 def _from_lexicon(rng: random.Random, beginnings: list[str]) -> Iterator[Pair]:
     for action, is_harmful in requests(DATA_FOLDER / "lexicon.txt", FROM_LEXICON, rng):
         if is_unlike_check_prompts(action):
-            yield _refusal(action, rng) if is_harmful else Pair(frame(action, rng), rng.choice(beginnings), False)
+            pair = (
+                _refusal(action, rng)
+                if is_harmful
+                else Pair(frame(action, rng), rng.choice(beginnings), complete=False)
+            )
+            yield pair._replace(learns_prompt=False)
 
 
 def _refusal(action: str, rng: random.Random) -> Pair:
