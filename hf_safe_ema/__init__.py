@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassifierJudge",
     "KeywordJudge",
+    "LLMJudge",
     "PromptSet",
     "SafeEMACallback",
     "SafeSFTConfig",
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     from .ema import WeightEMA
     from .findings import UnsafeModelError
     from .safety.check import SafetyCheck, SafetyReport
+    from .safety.classifier_judge import ClassifierJudge
     from .safety.judges import KeywordJudge, Verdict
+    from .safety.llm_judge import LLMJudge
     from .safety.prompts import PromptSet, load_prompts
     from .trainer import SafeSFTConfig, SafeSFTTrainer
 
@@ -43,7 +47,9 @@ _HOMES = {
     "ema": ("WeightEMA",),
     "findings": ("UnsafeModelError",),
     "safety.check": ("SafetyCheck", "SafetyReport"),
+    "safety.classifier_judge": ("ClassifierJudge",),
     "safety.judges": ("KeywordJudge", "Verdict"),
+    "safety.llm_judge": ("LLMJudge",),
     "safety.prompts": ("PromptSet", "load_prompts"),
     "trainer": ("SafeSFTConfig", "SafeSFTTrainer"),
 }

@@ -7,16 +7,25 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from transformers.utils import logging
+
+from . import testbed
 from .history import read_jsonl, write_jsonl
-from .safety.generation import check_chat_template, generate_responses
+from .safety.check import check_can_render, check_count
+from .safety.generation import generate_responses
+from .safety.loading import explained, fingerprint, load_model, load_tokenizer
 from .safety.prompts import PromptSet
 
+logger = logging.get_logger(__name__)
+
 CHUNK = 64
-"""Prompts asked between two writings of the answers' file."""
+"""Prompts asked, or answers judged, between two writings of their file."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,24 @@ class Asking:
             Prompts at a time, for models in memory.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show bars.
+
+    Raises:
+        ValueError, TypeError: for what nothing can be asked with.
     """
 
     system_prompt: str | None = None
     max_new_tokens: int = 128
     batch_size: int | str = "auto"
     progress: bool = True
+
+    def __post_init__(self):
+        check_count("max_new_tokens", self.max_new_tokens)
+        if self.batch_size != "auto":
+            check_count("batch_size", self.batch_size, "or 'auto'")
+        if self.system_prompt is not None and not isinstance(self.system_prompt, str):
+            raise TypeError(f"system_prompt={self.system_prompt!r}: must be text or None")
+        if is_broken(self.system_prompt or ""):
+            raise ValueError(f"system_prompt={self.system_prompt!r} holds half a surrogate pair, which is no text")
 
 
 class MemoryModel:
@@ -50,22 +71,37 @@ class MemoryModel:
             To load the weights in.
         device (`str`, *optional*):
             Default: an accelerator if there is one, else the CPU.
+        system_prompt (`str`, *optional*):
+            That it will be asked with.
 
     Raises:
-        ValueError: if it cannot be loaded, or its tokenizer has no chat template.
+        ValueError: if it cannot be loaded or asked.
     """
 
-    def __init__(self, name: str, dtype: str = "auto", device: str | None = None):
+    client = None
+
+    def __init__(self, name: str, dtype: str = "auto", device: str | None = None, system_prompt: str | None = None):
+        if is_broken(name):
+            raise ValueError(f"model {name!r}: its name is not UTF-8; rename the folder")
+        _check_dtype(dtype)
+        _check_device(device)
         self.name, self.dtype, self.device = name, dtype, device
-        self.tokenizer = _load(name, self._load_tokenizer)
-        check_chat_template(self.tokenizer)
+        self._source = str(testbed.MODEL_FOLDER) if name == "testbed" else name
+        with self._explained():
+            self.tokenizer = load_tokenizer(self._source)
+            self.fingerprint = fingerprint(self._source)
+        try:
+            check_can_render(self.tokenizer, system_prompt)
+        except ValueError as error:
+            raise ValueError(f"model {name!r} cannot be asked: {error}") from error
         self._model = None
 
     @property
     def identity(self) -> str:
-        """What its answers depend on besides the prompts: its name and its chat template."""
-        name = str(Path(self.name).resolve()) if Path(self.name).exists() else self.name
-        return f"{name}\n{self.dtype}\n{self.template}"
+        """What its answers depend on besides the prompts: its name and files, their precision, its chat template."""
+        place = Path(self._source)
+        name = str(place.resolve()) if place.exists() else self.name
+        return "\n".join([name, self.fingerprint, self.dtype, self.template])
 
     @property
     def template(self) -> str:
@@ -87,7 +123,7 @@ class MemoryModel:
             description (`str`):
                 The bar's label.
         """
-        self._model = self._model or _load(self.name, self._load_model)
+        self._model = self._model or self._load(asking.progress)
         return generate_responses(
             self._model,
             self.tokenizer,
@@ -104,27 +140,18 @@ class MemoryModel:
         """Let go of the weights."""
         self._model = None
 
-    def _load_tokenizer(self):
-        from transformers import AutoTokenizer
+    def _load(self, progress: bool):
+        with self._explained():
+            model = load_model(self._source, self.dtype, self.device, progress)
+            if fingerprint(self._source) != self.fingerprint:
+                raise ValueError("its files have changed since the check began; call it again once they are complete")
+        return model
 
-        from . import testbed
-
-        return AutoTokenizer.from_pretrained(testbed.MODEL_FOLDER if self.name == "testbed" else self.name)
-
-    def _load_model(self):
-        import torch
-        from peft import AutoPeftModelForCausalLM
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import find_adapter_config_file
-
-        from . import testbed
-
-        name = testbed.MODEL_FOLDER if self.name == "testbed" else self.name
-        kind = AutoModelForCausalLM if find_adapter_config_file(name) is None else AutoPeftModelForCausalLM
-        device = self.device or (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    def _explained(self):
+        return explained(
+            f"model {self.name!r}",
+            "Give 'testbed', a folder with a saved model or adapter, a hub name, or an endpoint as http://HOST/v1#MODEL",
         )
-        return kind.from_pretrained(name, dtype=self.dtype).to(device).eval()
 
 
 class EndpointModel:
@@ -143,6 +170,7 @@ class EndpointModel:
     """
 
     template = "of the endpoint"
+    """What it is, nobody here knows."""
 
     def __init__(self, name: str, max_new_tokens: int = 128, client: dict | None = None):
         from .safety.client import ChatClient
@@ -150,7 +178,7 @@ class EndpointModel:
         url, _, model = name.partition("#")
         if not model:
             raise ValueError(
-                f"model {name!r}: an endpoint needs the served model's name: http://127.0.0.1:8000/v1#MODEL"
+                f"model {name.rpartition('@')[2]!r}: an endpoint needs the served model's name: http://127.0.0.1:8000/v1#MODEL"
             )
         self.name = name
         self.client = ChatClient(model, base_url=url, parameters={"max_tokens": max_new_tokens}, **(client or {}))
@@ -158,7 +186,7 @@ class EndpointModel:
     @property
     def identity(self) -> str:
         """What its answers depend on besides the prompts, as far as we can know: its address and name."""
-        return self.name
+        return f"{self.client.base_url}#{self.client.model}"
 
     def answer(
         self, prompts: Sequence[str], asking: Asking, decided: Callable[[str, str], bool] | None, description: str
@@ -178,13 +206,24 @@ class EndpointModel:
         system = [{"role": "system", "content": asking.system_prompt}] if asking.system_prompt is not None else []
         chats = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
         self.client.progress = asking.progress
-        return [self._text(reply) for reply in self.client.ask(chats, description=description)]
+        replies = self.client.ask(chats, description=description)
+        answers = [self._text(reply) for reply in replies]
+        self._say_what_is_missing(
+            [r.failure for r, text in zip(replies, answers, strict=True) if text is None], len(chats)
+        )
+        return answers
 
     @staticmethod
     def _text(reply) -> str | None:
-        if reply.failure == "empty reply":
-            return ""
-        return None if reply.failure else reply.text.strip()
+        if reply.failure is None:
+            return reply.text.strip()
+        # It has said nothing, which is an answer; one that was cut off while it still thought is not.
+        return "" if reply.failure.startswith("empty reply") and "cut off" not in reply.failure else None
+
+    def _say_what_is_missing(self, failures: list[str], asked: int) -> None:
+        if failures:
+            said = "; ".join(f"{count} x {failure}" for failure, count in Counter(failures).most_common(3))
+            logger.warning(f"{self.name}: no answer to {len(failures)} of {asked} prompts ({said})")
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -213,21 +252,28 @@ def open_model(
     """
     if re.match(r"https?://", name):
         return EndpointModel(name, (asking or Asking()).max_new_tokens, client)
-    return MemoryModel(name, dtype, device)
+    return MemoryModel(name, dtype, device, (asking or Asking()).system_prompt)
 
 
-def _load(name: str, load: Callable):
+def _check_dtype(dtype: str) -> None:
+    found = getattr(torch, str(dtype), None)
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype={dtype!r}: give 'auto', 'float32', 'bfloat16' or 'float16'")
+
+
+def _check_device(device: str | None) -> None:
     try:
-        return load()
-    except (OSError, ValueError) as error:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # of a wrong name; of a PyTorch made without it
         raise ValueError(
-            f"model {name!r} could not be loaded: {error}. Give 'testbed', a folder with a saved model or adapter, a hub name, "
-            "or an endpoint as http://HOST/v1#MODEL"
+            f"device={device!r}: {str(error).splitlines()[0]}; give for example 'cpu' or 'cuda:0'"
         ) from error
 
 
 def key_of(model, prompts: PromptSet, asking: Asking, ends_early: str) -> str:
     """Name of the file for some answers, different for everything that they depend on.
+
+    Batch size and device are not in it: they change answers by rounding at most.
 
     Args:
         model ([`MemoryModel`] or [`EndpointModel`]):
@@ -273,17 +319,68 @@ def collect_answers(
         `list[str | None]`: in the order of the prompts; None where an endpoint gave no answer, which is asked again next time.
     """
     path = Path(folder) / f"{key_of(model, prompts, asking, ends_early)}.jsonl"
-    rows = read_jsonl(path)
-    known = {row["prompt"]: row["response"] for row in rows}
-    missing = [prompt for prompt in dict.fromkeys(prompts.texts) if prompt not in known]
-    for chunk in _chunks(missing, CHUNK):
-        description = f"{model.name}, {prompts.name} ({len(known)} of {len(prompts)} done)"
-        found = model.answer(chunk, asking, decided, description)
-        known.update({p: text for p, text in zip(chunk, found, strict=True) if text is not None})
+    known = _answers_in(path)
+    wanted = dict.fromkeys(prompts.texts)
+    for piece in pieces([prompt for prompt in wanted if prompt not in known], model.client):
+        piece = [prompt for prompt in piece if prompt not in known]  # another process may have asked meanwhile
+        if not piece:
+            continue
+        description = f"{model.name}, {prompts.name} ({len(known)} of {len(wanted)} done)"
+        found = model.answer(piece, asking, decided, description)
+        known = _answers_in(path)
+        for prompt, text in zip(piece, found, strict=True):
+            if text is not None:
+                known.setdefault(prompt, text)
         write_jsonl(path, [{"prompt": prompt, "response": text} for prompt, text in known.items()])
     return [known.get(prompt) for prompt in prompts.texts]
 
 
-def _chunks(items: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(items), size):
+def pieces(items: list, client=None) -> Iterator[list]:
+    """Some at a time, so that a stop loses little; all at once where a client remembers each reply itself.
+
+    Args:
+        items (list):
+            To be asked or judged.
+        client ([`~hf_safe_ema.safety.client.ChatClient`], *optional*):
+            That will be asked.
+    """
+    cache = getattr(client, "cache", None)
+    size = len(items) if cache is not None and cache.works else CHUNK
+    for start in range(0, len(items), size or 1):
         yield items[start : start + size]
+
+
+def is_broken(text: str) -> bool:
+    """Whether a text holds half a surrogate pair, as broken JSON and file names do: it could be written nowhere.
+
+    Args:
+        text (`str`):
+            To check.
+    """
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def read_kept(path: Path, keys: Sequence[str]) -> list[dict]:
+    """Rows of a file of ours; an empty list where there is none.
+
+    Args:
+        path (`Path`):
+            JSON lines.
+        keys (list of `str`):
+            That each row must have.
+
+    Raises:
+        ValueError: for a file that was damaged or changed.
+    """
+    try:
+        rows = read_jsonl(path)
+        if all(isinstance(row, dict) and set(keys) <= set(row) for row in rows):
+            return rows
+        said = f"a row lacks one of {list(keys)}"
+    except ValueError as error:  # no JSON, no UTF-8
+        said = str(error)
+    raise ValueError(f"{path} was damaged or changed ({said}); delete it, and what was in it is asked for again")
+
+
+def _answers_in(path: Path) -> dict[str, str]:
+    return {row["prompt"]: row["response"] for row in read_kept(path, ("prompt", "response"))}

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from . import testbed
 from .ema import WeightEMA, select_parameters
+from .meaning import explain
 from .report import format_table, summarise
 
 CARD_NAME = "README.md"
@@ -139,45 +140,8 @@ def _safety(rows: Sequence[dict], step: int) -> str:
         )
     else:
         which = "The row EMA is about the weights in this folder."
-    reports = {row["weights"]: row for row in rows if row["type"] == "report"}
-    return "\n\n".join([which, format_table(summary), _meaning(list(reports.values()), summary, rows)]) + "\n"
-
-
-def _meaning(reports: list[dict], summary: list[dict], rows: Sequence[dict]) -> str:
-    asked, harmless = (_each(row[key] for row in summary) for key in ("num_prompts", "num_benign"))
-    benign_sets = [row["benign_set"] for row in reports if row["benign_set"] is not None]
-    systems = [f"“{row['system_prompt']}”" if row["system_prompt"] else "none" for row in reports]
-    measured = {row["dataset"] for row in rows if row["type"] == "loss"}
-    datasets = (
-        f" The run evaluated on {_each(sorted(measured))}; the last of them counts." if len(measured) > 1 else ""
-    )
-    over_refusal = (
-        f"share of the harmless prompts that were refused: {_each(benign_sets)}, {harmless} prompts. A model that "
-        "refuses everything is useless, not safe."
-        if benign_sets
-        else "not measured; no harmless prompts were asked."
-    )
-    return "\n".join(
-        [
-            "What the numbers mean:\n",
-            "- weights: *base* is where this fine-tuning started, *live* are the weights that the optimizer worked on, "
-            "*EMA* is their average. *step* is the optimizer step at which they were asked.",
-            f"- ASR (attack success rate): share of the harmful prompts that were answered instead of refused, of those "
-            f"that could be judged, with the 95% Wilson interval. Prompts: {_each(r['harmful_set'] for r in reports)}, "
-            f"{asked} prompts.",
-            "- unclear: harmful prompts with an empty or incoherent answer, of all that were asked. They are in neither "
-            "rate and never count as safe.",
-            f"- over-refusal: {over_refusal}",
-            f"- held-out loss: mean over the run's evaluation data, nats per token; '-' where not measured.{datasets}",
-            "- distance to base: Euclidean, over all averaged parameters.",
-            f"- Judge: {_each(r['judge'] for r in reports)}. Keyword judging sees words, not meaning: an answer that "
-            "begins with a refusal and goes on to comply, or that complies without being of use, is counted by its words.",
-            f"- Answers: at most {_each(r['max_new_tokens'] for r in reports)} tokens. System prompt: {_each(systems)}. "
-            f"Chat template: {_each(r['template'] for r in reports)}.",
-            "- A low ASR on these prompts says nothing of other prompts, of jailbreaks, or of fine-tuning further.",
-        ]
-    )
-
-
-def _each(values: Iterable) -> str:
-    return " and ".join(escaped(value) for value in dict.fromkeys(values))
+    meaning = [
+        "What the numbers mean:\n",
+        *(f"- {escaped(f'{term}: {text}')}" for term, text in explain(rows, summary)),
+    ]
+    return "\n\n".join([which, format_table(summary), "\n".join(meaning)]) + "\n"

@@ -1,22 +1,32 @@
 """`hf-safe-ema check`: models × prompt sets × judges, without training.
 
 Knows: which answers are needed for which verdicts, and how results are counted and kept. Does not know: how a model is asked
-(answers.py), how a judge works (safety/), or how results look (report.py, page.py).
+(answers.py), how a judge works (safety/), what is measured of tasks (task_results.py), or how results look (page.py).
 """
 
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .answers import Asking, collect_answers, key_of, open_model
-from .history import check_writable, read_jsonl, write_jsonl, write_whole
-from .safety.check import Rate, build_judge
+from .answers import Asking, collect_answers, is_broken, key_of, open_model, pieces, read_kept
+from .history import check_writable, write_jsonl, write_whole
+from .safety.any_judge import (
+    build_grader,
+    build_judge,
+    identity_of,
+    measures_quality,
+    measures_refusal,
+    verdicts_of,
+)
+from .safety.check import Rate, check_count
 from .safety.judges import LABELS, KeywordJudge, Verdict
 from .safety.prompts import PromptSet, load_prompts
 from .tables import markdown_table, percent
+from .task_results import TaskResult, TaskSet, load_task_set, measured
 
 RESULTS_NAME = "results.json"
 
@@ -50,6 +60,8 @@ class SetResult:
             Prompts that an endpoint gave no answer to; they are not in `counts`.
         mean_score, top_score_share (`float`, *optional*):
             Of a judge with a scale.
+        verdicts (`str`, *optional*, defaults to `""`):
+            Name of the file in `verdicts/` with the answers and their verdicts.
         responses (`list[dict]`):
             Prompt, category, response, label, reason, score. Not part of `to_dict()`.
     """
@@ -68,6 +80,7 @@ class SetResult:
     unanswered: int
     mean_score: float | None
     top_score_share: float | None
+    verdicts: str = ""
     responses: list[dict] = field(repr=False, default_factory=list)
 
     def to_dict(self) -> dict:
@@ -85,11 +98,13 @@ class CheckPlan:
         harmful, benign (`list`, *optional*, default to `["builtin"]`):
             Prompt sets, anything that [`load_prompts`] takes.
         judges (`list`, *optional*, defaults to `["keywords"]`):
-            Names or judge objects. Judges of harm see the harmful sets only, and keywords then judge the harmless ones.
+            Names or judge objects. Judges of harm see the harmful sets only; if there are no others, keywords judge the harmless
+            ones. Verdicts are kept under a judge's name, so one of your own needs another with other rules. Judges of quality
+            (`"llm:mt-bench:MODEL"`) grade the answers to tasks.
         asking ([`Asking`], *optional*):
             How prompts are asked.
         num_prompts (`int`, *optional*):
-            At most so many of each set, evenly spaced.
+            At most so many of each set and of each file of tasks, evenly spaced.
         ends_early (`bool`, *optional*, defaults to `False`):
             Whether answers end as soon as all judges' verdicts are settled. Quicker; the answers kept are beginnings.
         dtype, device (`str`, *optional*):
@@ -98,6 +113,8 @@ class CheckPlan:
             For endpoints, see [`~hf_safe_ema.answers.EndpointModel`].
         llm_options (`dict`, *optional*):
             For judges named `"llm:RUBRIC:MODEL"`, see [`~hf_safe_ema.safety.llm_judge.LLMJudge`].
+        tasks (`list`, *optional*, defaults to `[]`):
+            Files of what the models are to be useful for, see [`~hf_safe_ema.usefulness.load_tasks`].
 
     Raises:
         ValueError, TypeError, FileNotFoundError: for what cannot be checked, before anything is asked.
@@ -114,23 +131,48 @@ class CheckPlan:
     device: str | None = None
     client: dict | None = None
     llm_options: dict | None = None
+    tasks: Sequence = ()
 
     def __post_init__(self):
+        for name in ("models", "harmful", "benign", "judges", "tasks"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}={getattr(self, name)!r}: give a list, such as [{getattr(self, name)!r}]")
         if not self.models:
             raise ValueError("no model to check; name at least one")
-        if len(set(self.models)) < len(self.models):
-            raise ValueError(f"models={list(self.models)}: each must be named once")
-        if not self.harmful and not self.benign:
-            raise ValueError("no prompt set to ask; give at least one, harmful or harmless")
+        if not all(isinstance(model, str) for model in self.models):
+            raise TypeError(f"models={list(self.models)}: each must be a name; for a model in memory use SafetyCheck")
+        _check_once("model", self.models)
+        if not self.harmful and not self.benign and not self.tasks:
+            raise ValueError("no prompt set to ask; give at least one, harmful or harmless, or tasks")
         if not self.judges:
             raise ValueError("no judge; give at least one, such as 'keywords'")
+        if self.num_prompts is not None:
+            check_count("num_prompts", self.num_prompts)
+
+
+def _check_once(what: str, names: Iterable[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{what} {repeated[0]!r} is given twice; each must be given once")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check has found.
+
+    Args:
+        results (`list[SetResult]`):
+            Safety: by model, prompt set and judge, in the plan's order.
+        tasks (`list[TaskResult]`):
+            Usefulness: by model, file of tasks and measure.
+    """
+
+    results: list[SetResult]
+    tasks: list[TaskResult]
 
 
 def run_check(plan: CheckPlan, output_dir: str | Path) -> list[SetResult]:
-    """Ask, judge, count; keep answers and verdicts in `output_dir`, so that a second call does only what is missing.
-
-    Files: `answers/*.jsonl` and `verdicts/*.jsonl`, one for each combination of what they depend on, and `results.json`. Files of
-    other combinations are left alone.
+    """[`run_plan`], of which it returns what was found of safety.
 
     Args:
         plan ([`CheckPlan`]):
@@ -144,25 +186,104 @@ def run_check(plan: CheckPlan, output_dir: str | Path) -> list[SetResult]:
     Raises:
         ValueError, TypeError, OSError: for what cannot be checked or written.
     """
+    return run_plan(plan, output_dir).results
+
+
+def run_plan(plan: CheckPlan, output_dir: str | Path) -> Checked:
+    """Ask, judge, count; keep answers and verdicts in `output_dir`, so that a second call does only what is missing.
+
+    Files: `answers/*.jsonl` and `verdicts/*.jsonl`, one for each combination of what they depend on, and `results.json`. Files of
+    other combinations are left alone. What comes from endpoints is remembered reply by reply in `answers/replies.sqlite` and
+    `judge-cache.sqlite`. To have everything asked again, give another folder.
+
+    Two processes may use one folder: each has its own `results.json` at its end, and finds the other's answers as far as they
+    are written.
+
+    Args:
+        plan ([`CheckPlan`]):
+            What to check.
+        output_dir (path):
+            Made if missing.
+
+    Returns:
+        [`Checked`]
+
+    Raises:
+        ValueError, TypeError, OSError: for what cannot be checked or written.
+    """
     folder = Path(output_dir)
     check_writable(folder)
-    judges = [build_judge(judge, plan.llm_options) for judge in plan.judges]
-    sets = [("harmful", load_prompts(source, "harmful").sample(plan.num_prompts)) for source in plan.harmful]
-    sets += [("benign", load_prompts(source, "benign").sample(plan.num_prompts)) for source in plan.benign]
-    models = [open_model(name, plan.asking, plan.dtype, plan.device, plan.client) for name in plan.models]
-    results = []
+    judges, graders = _judges(plan, folder)
+    sets, task_sets, models = _sets(plan), _task_sets(plan), _models(plan, folder)
+    asked, done = [], []
     for model in models:
-        answers = [_ask(model, prompts, _judges_of(kind, judges), plan, folder) for kind, prompts in sets]
+        asked.append([_ask(model, prompts, _judges_of(kind, judges), plan, folder) for kind, prompts in sets])
+        done.append([collect_answers(model, tasks.prompts, plan.asking, folder / "answers") for tasks in task_sets])
         model.close()
+    results = []
+    for model, answers in zip(models, asked, strict=True):
         for (kind, prompts), (key, responses) in zip(sets, answers, strict=True):
             for judge in _judges_of(kind, judges):
-                verdicts = _judged(judge, prompts, responses, folder / "verdicts" / f"{key}-{_slug(judge.name)}.jsonl")
-                results.append(_result(model, kind, prompts, judge, responses, verdicts, plan.asking))
-    write_results(results, folder / RESULTS_NAME)
-    return results
+                path = folder / "verdicts" / f"{key}-{_slug(judge)}.jsonl"
+                verdicts = _judged(judge, prompts, responses, path)
+                result = _result(model, kind, prompts, judge, responses, verdicts, plan.asking)
+                results.append(replace(result, verdicts=path.name))
+    tasks = []
+    for model, answers in zip(models, done, strict=True):
+        for task_set, responses in zip(task_sets, answers, strict=True):
+            tasks += measured(model, task_set, responses, graders, plan.asking)
+    write_results(results, folder / RESULTS_NAME, tasks)
+    return Checked(results, tasks)
 
 
-def write_results(results: Sequence[SetResult], path: str | Path) -> None:
+def _judges(plan: CheckPlan, folder: Path) -> tuple[list, list]:
+    """Of safety, and of quality where there are tasks for them."""
+    options = {"cache": folder / "judge-cache.sqlite", **(plan.llm_options or {})}
+    of_quality = [judge for judge in plan.judges if plan.tasks and measures_quality(judge)]
+    of_safety = [judge for judge in plan.judges if judge not in of_quality] or ["keywords"]
+    judges = [build_judge(judge, options, plan.asking.progress) for judge in of_safety]
+    graders = [build_grader(judge, options, plan.asking.progress) for judge in of_quality]
+    _check_once("judge", [judge.name for judge in judges + graders])
+    return judges, graders
+
+
+def _task_sets(plan: CheckPlan) -> list[TaskSet]:
+    graded = any(map(measures_quality, plan.judges))
+    sets = [load_task_set(path, plan.num_prompts, graded) for path in plan.tasks]
+    for tasks in sets:
+        _refuse_broken(tasks.prompts)
+    _check_once("tasks", [tasks.name for tasks in sets])
+    return sets
+
+
+def _sets(plan: CheckPlan) -> list[tuple[str, PromptSet]]:
+    sets = []
+    for kind, sources in (("harmful", plan.harmful), ("benign", plan.benign)):
+        sets += [(kind, load_prompts(source, kind).sample(plan.num_prompts)) for source in sources]
+    for _, prompts in sets:
+        _refuse_broken(prompts)
+    _check_once("prompt set", [f"{_full_name(prompts)} ({kind})" for kind, prompts in sets])
+    return sets
+
+
+def _refuse_broken(prompts: PromptSet) -> None:
+    broken = [prompt.id for prompt in prompts.prompts if is_broken(prompt.text + prompt.category)]
+    if broken:
+        raise ValueError(
+            f"{prompts.name}: prompt {broken[0]} holds half a surrogate pair, which is no text; mend the file"
+        )
+
+
+def _models(plan: CheckPlan, folder: Path) -> list:
+    client = {"cache": folder / "answers" / "replies.sqlite", **(plan.client or {})}
+    return [open_model(name, plan.asking, plan.dtype, plan.device, client) for name in plan.models]
+
+
+def _full_name(prompts: PromptSet) -> str:
+    return f"{prompts.name}#{prompts.fingerprint}"
+
+
+def write_results(results: Sequence[SetResult], path: str | Path, tasks: Sequence[TaskResult] = ()) -> None:
     """Write results as one JSON object, the file whole or not at all.
 
     Args:
@@ -170,15 +291,17 @@ def write_results(results: Sequence[SetResult], path: str | Path) -> None:
             From [`run_check`].
         path (path):
             Replaced.
+        tasks (list of [`TaskResult`], *optional*):
+            From [`run_plan`].
     """
-    rows = [result.to_dict() for result in results]
-    write_whole(path, json.dumps({"results": rows}, indent=2, ensure_ascii=False) + "\n")
+    found = {"results": [result.to_dict() for result in results], "tasks": [result.to_dict() for result in tasks]}
+    write_whole(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
 
 def _judges_of(kind: str, judges: list) -> list:
     if kind == "harmful":
         return judges
-    return [judge for judge in judges if getattr(judge, "measures", "refusal") == "refusal"] or [KeywordJudge()]
+    return [judge for judge in judges if measures_refusal(judge)] or [KeywordJudge()]
 
 
 def _ask(model, prompts: PromptSet, judges: list, plan: CheckPlan, folder: Path) -> tuple[str, list[str | None]]:
@@ -194,18 +317,15 @@ def _ask(model, prompts: PromptSet, judges: list, plan: CheckPlan, folder: Path)
 
 def _judged(judge, prompts: PromptSet, responses: list[str | None], path: Path) -> list[Verdict | None]:
     """Verdicts, those of the file where it has them for the same answers. Unscored ones are asked for again."""
-    known = {_answer_key(row["prompt"], row["response"]): row for row in read_jsonl(path)}
+    known = _verdicts_in(path)
     answered = [(p, r) for p, r in zip(prompts.texts, responses, strict=True) if r is not None]
-    missing = [
-        pair
-        for pair in dict.fromkeys(answered)
-        if known.get(_answer_key(*pair), {}).get("label") in (None, "unscored")
-    ]
-    if missing:
-        found = judge.judge([prompt for prompt, _ in missing], [response for _, response in missing])
-        for (prompt, response), verdict in zip(missing, found, strict=True):
-            row = {"prompt": prompt, "response": response, **vars(verdict)}
-            known[_answer_key(prompt, response)] = row
+    missing = [pair for pair in dict.fromkeys(answered) if not _is_scored(known.get(_answer_key(*pair)))]
+    for piece in pieces(missing, getattr(judge, "client", None)):
+        found = verdicts_of(judge, [prompt for prompt, _ in piece], [response for _, response in piece])
+        for (prompt, response), verdict in zip(piece, found, strict=True):
+            known[_answer_key(prompt, response)] = {"prompt": prompt, "response": response, **vars(verdict)}
+        theirs = _verdicts_in(path)  # another process may have written meanwhile
+        known |= {k: row for k, row in theirs.items() if k not in known or _is_scored(row) > _is_scored(known[k])}
         write_jsonl(path, known.values())
     return [
         None if response is None else _verdict(known[_answer_key(prompt, response)])
@@ -213,16 +333,26 @@ def _judged(judge, prompts: PromptSet, responses: list[str | None], path: Path) 
     ]
 
 
+def _verdicts_in(path: Path) -> dict[str, dict]:
+    rows = read_kept(path, ("prompt", "response", "label", "reason", "score"))
+    return {_answer_key(row["prompt"], row["response"]): row for row in rows}
+
+
+def _is_scored(row: dict | None) -> bool:
+    return row is not None and row["label"] != "unscored"
+
+
 def _answer_key(prompt: str, response: str) -> str:
-    return hashlib.sha256(f"{prompt}\x00{response}".encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(f"{prompt}\x00{response}".encode()).hexdigest()
 
 
 def _verdict(row: dict) -> Verdict:
     return Verdict(row["label"], row["reason"], row["score"])
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", name)[:60] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+def _slug(judge) -> str:
+    digest = hashlib.sha256(identity_of(judge).encode()).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", judge.name)[:60] + "-" + digest
 
 
 def _result(model, kind: str, prompts: PromptSet, judge, responses, verdicts, asking: Asking) -> SetResult:
@@ -236,7 +366,7 @@ def _result(model, kind: str, prompts: PromptSet, judge, responses, verdicts, as
     return SetResult(
         model=model.name,
         kind=kind,
-        prompt_set=f"{prompts.name}#{prompts.fingerprint}",
+        prompt_set=_full_name(prompts),
         judge=judge.name,
         template=model.template,
         system_prompt=asking.system_prompt,
@@ -267,6 +397,8 @@ def format_results(results: Sequence[SetResult]) -> str:
             From [`run_check`].
     """
     scored = any(result.mean_score is not None for result in results)
+    names = {result.prompt_set: result.prompt_set.partition("#")[0] for result in results}
+    alike = {name for name, count in Counter(names.values()).items() if count > 1}  # files of one name in two folders
     header = ["model", "prompts", "judge", "asked", "rate (95% interval)", "unclear", "unscored", "unanswered"]
     header += ["mean score", "at the top"] if scored else []
     rows = []
@@ -274,7 +406,7 @@ def format_results(results: Sequence[SetResult]) -> str:
         what = "ASR" if result.kind == "harmful" else "over-refusal"
         row = [
             result.model,
-            result.prompt_set.partition("#")[0],
+            result.prompt_set if names[result.prompt_set] in alike else names[result.prompt_set],
             result.judge,
             str(sum(result.counts.values()) + result.unanswered),
             f"{what} {percent(result.rate, result.interval)}",

@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo's output folder")
     demo.add_argument("--json", metavar="FILE", help="write table, history and settings as one JSON object")
     _add_check(commands)
+    _add_report(commands)
     judge = commands.add_parser(
         "judge",
         help="measure judges on responses that people have labelled, and against each other",
@@ -146,9 +147,18 @@ def _add_check(commands) -> None:
         dest="judges",
         metavar="NAME",
         help=f"'keywords' (the default), a published list ({', '.join(sorted(PRESETS))}), 'llama-guard:MODEL', "
-        "'harmbench:MODEL', or 'llm:RUBRIC:MODEL' with rubric qi, strongreject or refusal; may be given several times",
+        "'harmbench:MODEL', or 'llm:RUBRIC:MODEL' with rubric qi, strongreject, refusal, or mt-bench for the answers to tasks; "
+        "may be given several times",
     )
-    check.add_argument("--num-prompts", type=positive(int), help="at most so many of each set, evenly spaced")
+    check.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="what the models are to be useful for (.jsonl, .json, .csv, .parquet: GSM8K, MT-Bench, Alpaca, Dolly, or prompt "
+        "and answer): exact match where references hold '#### NUMBER', else ROUGE-L; they may need a larger --max-new-tokens",
+    )
+    check.add_argument("--num-prompts", type=positive(int), help="at most so many of each set and file, evenly spaced")
     check.add_argument("--max-new-tokens", type=positive(int), default=128, help="longest answer (128)")
     check.add_argument("--system-prompt", help="sent before each prompt")
     check.add_argument(
@@ -167,6 +177,18 @@ def _add_check(commands) -> None:
     )
     check.add_argument("--json", metavar="FILE", help="write the results as one JSON object")
     check.add_argument("--html", metavar="FILE", help="write the results and responses as one page")
+
+
+def _add_report(commands) -> None:
+    report = commands.add_parser(
+        "report",
+        help="write what a run or a check has found as one HTML page",
+        description="Write one self-contained HTML page from the output folder of hf-safe-ema demo, train or check, or of any "
+        "run with SafeEMACallback: plots, tables, what is counted how, and the responses, which may be harmful.",
+    )
+    report.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run or a check")
+    report.add_argument("--html", metavar="FILE", help="page to write (default: report.html in OUTPUT_DIR)")
+    report.add_argument("--without-responses", action="store_true", help="leave out what was asked and answered")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -234,7 +256,8 @@ def check(
             The other flags.
     """
     from .answers import Asking
-    from .checking import CheckPlan, format_results, run_check, write_results
+    from .checking import CheckPlan, format_results, run_plan, write_results
+    from .task_results import format_tasks
 
     for flag in ("json", "html"):
         _check_folder_of(f"--{flag}", flags[flag])
@@ -256,15 +279,36 @@ def check(
             "max_tokens": flags["judge_max_tokens"],
             "price_per_million": flags["judge_price"] and tuple(flags["judge_price"]),
         },
+        tasks=flags["tasks"],
     )
-    results = run_check(plan, output_dir)
-    print(format_results(results))
+    checked = run_plan(plan, output_dir)
+    results, tasks = checked.results, checked.tasks
+    tables = (format_results(results) if results else "", format_tasks(tasks) if tasks else "")
+    print("\n\n".join(filter(None, tables)))
     if flags["json"]:
-        write_results(results, flags["json"])
+        write_results(results, flags["json"], tasks)
     if flags["html"]:
         from .page import write_check_page
 
         write_check_page(results, flags["html"])
+    return 0
+
+
+def report(output_dir: str, html: str | None, without_responses: bool) -> int:
+    """`hf-safe-ema report`.
+
+    Args:
+        output_dir (`str`):
+            Of a run or a check.
+        html (`str`, *optional*):
+            File to write.
+        without_responses (`bool`):
+            Whether to leave out what was asked and answered.
+    """
+    from .page import write_page
+
+    _check_folder_of("--html", html)
+    print(f"report: {write_page(output_dir, html, responses=not without_responses)}")
     return 0
 
 
@@ -290,7 +334,7 @@ def judge(file: str, judges: list[str] | None, cases: str | None, json: str | No
     return 0
 
 
-COMMANDS = {"check": check, "demo": demo, "judge": judge}
+COMMANDS = {"check": check, "demo": demo, "judge": judge, "report": report}
 
 
 def _check_folder_of(flag: str, file: str | None) -> None:

@@ -140,7 +140,7 @@ def load_model(name: str):
 
 
 def run_demo(config: DemoConfig) -> dict:
-    """Fine-tune, check, and write table, plot, history, responses and the averaged model.
+    """Fine-tune, check, and write table, plot, page, history, responses and the averaged model.
 
     Args:
         config ([`DemoConfig`]):
@@ -156,6 +156,7 @@ def run_demo(config: DemoConfig) -> dict:
 
     from .callback import SafeEMACallback
     from .decay import resolve_decays
+    from .page import write_run_page_or_warn
     from .report import plot_history, summarise
     from .safety.check import SafetyCheck
 
@@ -200,6 +201,9 @@ def run_demo(config: DemoConfig) -> dict:
     plot_history(history, plot, title=_title(config, check))
     files = {"plot": str(plot), "history": str(folder / HISTORY_NAME), "responses": str(folder / "safety"),
              "averaged_model": str(folder / "ema")}  # fmt: skip
+    page = write_run_page_or_warn(folder, _title(config, check))
+    if page is not None:
+        files["report"] = str(page)
     return {
         "config": asdict(config),
         "table": summarise(history),

@@ -14,6 +14,9 @@ from pathlib import Path
 
 HISTORY_NAME = "safety_history.jsonl"
 RESPONSES_FOLDER = "safety"
+PAGE_NAME = "report.html"
+RESPONSES_MARK = '<details class="responses">'
+"""In a page that holds responses; no response can hold it, they are escaped."""
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
@@ -100,7 +103,7 @@ def set_aside(path: str | os.PathLike) -> Path | None:
 
 
 def hide_responses(output_dir: str | os.PathLike) -> dict[Path, Path]:
-    """Give every folder of responses in `output_dir`, this run's and earlier ones', a name with an underscore.
+    """Give what holds responses in `output_dir`, folders of this run and earlier ones and the page, a name with an underscore.
 
     The Trainer uploads `output_dir` to the hub, but no name that begins so: harmful answers must not be published
     unasked.
@@ -125,6 +128,9 @@ def hide_responses(output_dir: str | os.PathLike) -> dict[Path, Path]:
             hidden, number = folder.with_name(f"_{folder.name}.{number}"), number + 1
         folder.rename(hidden)
         moved[folder] = hidden
+    page = Path(output_dir) / PAGE_NAME
+    if page.is_file() and RESPONSES_MARK in page.read_text(encoding="utf-8", errors="replace"):
+        moved[page] = page.replace(page.with_name(f"_{page.name}"))  # made from the files that stay
     return moved
 
 

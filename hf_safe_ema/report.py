@@ -21,8 +21,8 @@ def summarise(rows: Iterable[dict]) -> list[dict]:
 
     Returns:
         `list[dict]`: for base, live and ema, as far as they were checked: `weights`, `step`, `asr`, `asr_interval`,
-        `over_refusal`, `over_refusal_interval`, `unclear`, `num_prompts`, `num_benign`, `heldout_loss` (None where not
-        measured), `distance_to_base`.
+        `over_refusal`, `over_refusal_interval`, `unclear`, `unscored`, `num_prompts`, `num_benign`, `heldout_loss` (None
+        where not measured), `distance_to_base`.
     """
     rows = list(rows)
     reports = {row["weights"]: row for row in rows if row["type"] == "report"}
@@ -37,6 +37,7 @@ def summarise(rows: Iterable[dict]) -> list[dict]:
                 "step": row["step"],
                 **{key: row[key] for key in ("asr", "asr_interval", "over_refusal", "over_refusal_interval")},
                 "unclear": row["counts"]["unclear"],
+                "unscored": row["counts"].get("unscored", 0),
                 "num_prompts": sum(row["counts"].values()),
                 "num_benign": sum(row["benign_counts"].values()),
                 "heldout_loss": _loss_at(rows, weights, row["step"]),
@@ -47,9 +48,51 @@ def summarise(rows: Iterable[dict]) -> list[dict]:
 
 
 def _loss_at(rows: list[dict], weights: str, step: int) -> float | None:
-    key = "live" if weights == "base" else weights
-    losses = [row[key] for row in rows if row["type"] == "loss" and row["step"] == step]
-    return losses[-1] if losses else None
+    row = losses_by_step(rows).get(step)
+    return None if row is None else row["live" if weights == "base" else weights]
+
+
+def losses_by_step(rows: Iterable[dict]) -> dict[int, dict]:
+    """The held-out losses that count: of each step the last row, where a run evaluates on several datasets.
+
+    Args:
+        rows (iterable of `dict`):
+            Of a history.
+
+    Returns:
+        `dict[int, dict]`: rows with `live` and `ema`, by step.
+    """
+    return {row["step"]: row for row in rows if row["type"] == "loss"}
+
+
+def table_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """The summary as text: what a terminal, the model card and the page show.
+
+    Args:
+        summary (list of `dict`):
+            From [`summarise`].
+
+    Returns:
+        `(list[str], list[list[str]])`: header and rows. Unscored answers have a column where there are any.
+    """
+    unscored = any(row["unscored"] for row in summary)
+    header = ["weights", "step", "ASR (95% interval)", "unclear", *(["unscored"] if unscored else [])]
+    header += ["over-refusal", "held-out loss", "distance to base"]
+    lines = []
+    for row in summary:
+        lines.append(
+            [
+                LABELS[row["weights"]],
+                str(row["step"]),
+                percent(row["asr"], row["asr_interval"]),
+                f"{row['unclear']}/{row['num_prompts']}",
+                *([f"{row['unscored']}/{row['num_prompts']}"] if unscored else []),
+                percent(row["over_refusal"], row["over_refusal_interval"]),
+                "-" if row["heldout_loss"] is None else f"{row['heldout_loss']:.3f}",
+                f"{row['distance_to_base']:.2f}",
+            ]
+        )
+    return header, lines
 
 
 def format_table(summary: Sequence[dict]) -> str:
@@ -59,21 +102,7 @@ def format_table(summary: Sequence[dict]) -> str:
         summary (list of `dict`):
             From [`summarise`].
     """
-    header = ["weights", "step", "ASR (95% interval)", "unclear", "over-refusal", "held-out loss", "distance to base"]
-    lines = []
-    for row in summary:
-        lines.append(
-            [
-                LABELS[row["weights"]],
-                str(row["step"]),
-                percent(row["asr"], row["asr_interval"]),
-                f"{row['unclear']}/{row['num_prompts']}",
-                percent(row["over_refusal"], row["over_refusal_interval"]),
-                "-" if row["heldout_loss"] is None else f"{row['heldout_loss']:.3f}",
-                f"{row['distance_to_base']:.2f}",
-            ]
-        )
-    return markdown_table(header, lines)
+    return markdown_table(*table_cells(summary))
 
 
 def plot_history(rows: Iterable[dict], path: str | os.PathLike, title: str = "") -> None:

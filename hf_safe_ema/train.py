@@ -23,6 +23,7 @@ from .decay import resolve_decays
 from .findings import UnsafeModelError
 from .history import HISTORY_NAME, check_writable, read_jsonl, write_whole
 from .memory import load_config
+from .page import write_run_page_or_warn
 from .plan import count_steps, describe
 from .processes import on_every_rank
 from .recipe import Recipe, read_recipe
@@ -307,7 +308,11 @@ def _write_findings(recipe: Recipe, folder: Path, files: dict[str, str], steps: 
         files["history"] = str(folder / HISTORY_NAME)
         files["responses"] = str(folder / ("_safety" if recipe.training.push_to_hub else "safety"))
         files["plot"] = str(folder / "safety.png")
-        plot_history(history, files["plot"], title=_title(recipe, steps, table))
+        title = _title(recipe, steps, table)
+        plot_history(history, files["plot"], title=title)
+        page = write_run_page_or_warn(folder, title, responses=not recipe.training.push_to_hub)
+        if page is not None:
+            files["report"] = str(page)
     return table
 
 

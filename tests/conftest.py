@@ -1,10 +1,14 @@
 """What several test files share: the model that ships with the package, and the public data where it is at hand."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+# For `import chat_server` from any folder of tests.
+sys.path.insert(0, str(Path(__file__).parent / "safety"))
 
 # Read when trackio is imported, which TRL does: its database must not land in the user's home.
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")

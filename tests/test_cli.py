@@ -41,7 +41,7 @@ def test_own_files_from_end_to_end(tmp_path, own_files):
     for row in result["table"]:
         assert row["num_prompts"] == 2 and row["heldout_loss"] > 0 and 0 <= row["over_refusal"] <= 1
     assert result["config"]["half_life"] == 2 and result["config"]["learning_rate"] == 1e-4
-    for name in ("safety.png", "safety_history.jsonl", "safety/step-000004.jsonl", "ema/config.json"):
+    for name in ("safety.png", "report.html", "safety_history.jsonl", "safety/step-000004.jsonl", "ema/config.json"):
         assert (tmp_path / "run" / name).stat().st_size > 0
     # Harmful answers go to files, never to the console.
     answers = [json.loads(line)["response"] for line in (tmp_path / "run/safety/step-000004.jsonl").open()]

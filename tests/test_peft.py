@@ -78,7 +78,7 @@ def settings_of(folder, **changes) -> dict:
 
 def peft_trainer(folder, kind: str, dtype: str, callbacks, **changes) -> SFTTrainer:
     """A run of a base in bfloat16. PEFT's default is adapters in float32; to train them in bfloat16 it must be asked."""
-    model, tokenizer = testbed.load("bfloat16")
+    model, tokenizer = testbed.load(dtype="bfloat16")
     torch.manual_seed(0)
     model = get_peft_model(model, lora(kind), autocast_adapter_dtype=dtype == "float32")
     return SFTTrainer(

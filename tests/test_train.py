@@ -80,7 +80,7 @@ def test_a_run_leaves_table_plot_history_recipe_and_the_averaged_model(settings)
     assert result["steps"] == 4 and result["heldout_rows"] <= 4 and 30 <= result["train_rows"] <= 39
     for path in result["files"].values():
         assert Path(path).exists(), path
-    assert {"plot", "history", "responses", "model", "averaged model"} == result["files"].keys()
+    assert {"plot", "report", "history", "responses", "model", "averaged model"} == result["files"].keys()
     assert Path("run/safety.png").stat().st_size > 10_000
     assert same(weights("run"), weights("run/ema")), "the model that is saved is the average"
     assert not same(weights("run"), weights(testbed.MODEL_FOLDER))

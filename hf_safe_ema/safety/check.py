@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .any_judge import build_judge, measures_refusal, verdicts_of
 from .generation import generate_responses, render_prompt
-from .judges import LABELS, KeywordJudge, Verdict
+from .judges import LABELS, KeywordJudge
 from .prompts import PromptSet, load_prompts
 
 
@@ -258,9 +260,10 @@ class SafetyCheck:
             Harmless requests, for over-refusal. None: not asked.
         judge (`str` or object, *optional*, defaults to `"keywords"`):
             `"keywords"` (our default rules), the name of a published keyword list (see [`KeywordJudge`]), a judge model
-            as `"llama-guard:MODEL"`, `"harmbench:MODEL"` or `"llm:RUBRIC:MODEL"` (see [`build_judge`]), or an object with `name` and `judge(prompts, responses) -> list[Verdict]`: an [`LLMJudge`], a
-            [`ClassifierJudge`], or one of your own. If it also has `decided(prompt, beginning) -> bool`, responses end as
-            soon as that says so; if it has `top_score`, that is the end of its scale.
+            as `"llama-guard:MODEL"`, `"harmbench:MODEL"` or `"llm:RUBRIC:MODEL"` (see [`build_judge`]), or an object with
+            `name` and `judge(prompts, responses) -> list[Verdict]`: an [`LLMJudge`], a [`ClassifierJudge`], or one of
+            your own. If it also has `decided(prompt, beginning) -> bool`, responses end as soon as that says so; if it
+            has `top_score`, that is the end of its scale.
         benign_judge (as `judge`, *optional*):
             For the harmless prompts' answers, of which only refusal is asked. Default: `judge`, unless that measures
             harm (its `measures` is not `"refusal"`), which tells nothing of a harmless request: then `"keywords"`.
@@ -302,15 +305,22 @@ class SafetyCheck:
         num_prompts: int | None = None,
         progress: bool = True,
     ):
-        _check_count("max_new_tokens", max_new_tokens)
+        check_count("max_new_tokens", max_new_tokens)
         if num_prompts is not None:
-            _check_count("num_prompts", num_prompts)
+            check_count("num_prompts", num_prompts)
         if batch_size != "auto":
-            _check_count("batch_size", batch_size, "or 'auto'")
+            check_count("batch_size", batch_size, "or 'auto'")
         if system_prompt is not None and not isinstance(system_prompt, str):
             raise TypeError(f"system_prompt={system_prompt!r}: must be text or None")
-        self.judge = build_judge(judge)
-        self.benign_judge = self._judge_of_refusal() if benign_judge is None else build_judge(benign_judge)
+        self.judge = build_judge(judge, progress=progress)
+        self.benign_judge = self._judge_of_refusal()
+        if benign_judge is not None:
+            self.benign_judge = build_judge(benign_judge, progress=progress)
+            if not measures_refusal(self.benign_judge):
+                raise ValueError(
+                    f"benign_judge={self.benign_judge.name!r} measures harm, which tells nothing of answers to harmless prompts; "
+                    "give 'keywords' or 'llm:refusal:MODEL'"
+                )
         self.harmful = load_prompts(prompts, kind="harmful").sample(num_prompts)
         self.benign = None if benign is None else load_prompts(benign, kind="benign").sample(num_prompts)
         self.max_new_tokens = max_new_tokens
@@ -319,8 +329,7 @@ class SafetyCheck:
         self.progress = progress
 
     def _judge_of_refusal(self):
-        measures_refusal = getattr(self.judge, "measures", "refusal") == "refusal"
-        return self.judge if measures_refusal else KeywordJudge()
+        return self.judge if measures_refusal(self.judge) else KeywordJudge()
 
     def validate(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Raise now what would make every run fail for this tokenizer.
@@ -330,9 +339,9 @@ class SafetyCheck:
                 The one that `run` will be given.
 
         Raises:
-            ValueError: if it is missing or has no chat template.
+            ValueError: if it is missing or has no chat template, or that takes no system prompt where one is to be sent.
         """
-        render_prompt(tokenizer, "Hello?", self.system_prompt)
+        check_can_render(tokenizer, self.system_prompt)
 
     def run(
         self,
@@ -455,67 +464,47 @@ class SafetyCheck:
                 f"{len(texts)} answers to {len(prompt_set.texts)} {kind} prompts; give one to each, in their order"
             )
         judge = self._judge_of(kind)
-        verdicts: list[Verdict] = judge.judge(prompt_set.texts, texts)
-        if len(verdicts) != len(texts):
-            raise ValueError(
-                f"judge {judge.name!r} gave {len(verdicts)} verdicts on {len(texts)} responses; it must give one "
-                "each, in the same order"
-            )
+        verdicts = verdicts_of(judge, prompt_set.texts, texts)
         return [
             Response(kind, prompt.id, prompt.category, prompt.text, text, verdict.label, verdict.reason, verdict.score)
             for prompt, text, verdict in zip(prompt_set.prompts, texts, verdicts, strict=True)
         ]
 
 
-def _check_count(name: str, value, alternative: str = "") -> None:
+def check_count(name: str, value, alternative: str = "") -> None:
+    """Raise unless a value is a number of things.
+
+    Args:
+        name (`str`):
+            Of the argument.
+        value:
+            To check.
+        alternative (`str`, *optional*):
+            What else is allowed, for the message.
+
+    Raises:
+        ValueError: if it is no whole number of at least 1.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r}: must be a whole number, at least 1 {alternative}".rstrip())
 
 
-def build_judge(judge, llm_options: dict | None = None):
-    """A judge from its name, or as it is.
+def check_can_render(tokenizer: PreTrainedTokenizerBase | None, system_prompt: str | None) -> None:
+    """Raise now what would make every question fail.
 
     Args:
-        judge (`str` or object):
-            - `"keywords"`, or the name of a published keyword list;
-            - `"llama-guard:MODEL"` or `"harmbench:MODEL"`: a [`ClassifierJudge`], MODEL a folder or hub name;
-            - `"llm:RUBRIC:MODEL"`: an [`LLMJudge`], its endpoint from the environment's `OPENAI_BASE_URL`, or OpenAI;
-            - an object with `name` and `judge(prompts, responses)`.
-        llm_options (`dict`, *optional*):
-            Further arguments of [`LLMJudge`].
+        tokenizer (`PreTrainedTokenizerBase`):
+            Whose chat template prompts will be put in.
+        system_prompt (`str`, *optional*):
+            That will be sent.
 
     Raises:
-        ValueError: for an unknown name, or a model that cannot be used.
-        TypeError: for an object that is no judge.
-
-    Example:
-
-    ```python
-    >>> build_judge("gcg-7").name
-    'keywords:gcg-7'
-
-    ```
+        ValueError: if it is missing or has no chat template, or that takes no system prompt where one is to be sent.
     """
-    if isinstance(judge, str):
-        kind, _, rest = judge.partition(":")
-        if kind in ("llama-guard", "harmbench") and rest:
-            from .classifier_judge import ClassifierJudge
-
-            return ClassifierJudge(rest, style=kind)
-        if kind == "llm":
-            from .llm_judge import LLMJudge
-
-            rubric, _, model = rest.partition(":")
-            if not model:
-                raise ValueError(f"judge={judge!r}: name rubric and model, as in 'llm:qi:gpt-4o'")
-            return LLMJudge(rubric, model=model, **(llm_options or {}))
-        return KeywordJudge("default" if judge == "keywords" else judge)
-    if not callable(getattr(judge, "judge", None)) or not isinstance(getattr(judge, "name", None), str):
-        raise TypeError(
-            f"judge={judge!r}: give 'keywords', the name of a keyword list, or an object with a `name` and a method "
-            "`judge(prompts, responses)` that returns a Verdict for each"
-        )
-    return judge
+    try:
+        render_prompt(tokenizer, "Hello?", system_prompt)
+    except TemplateError as error:
+        raise ValueError(f"the chat template does not take system_prompt={system_prompt!r}: {error}") from error
 
 
 def _count(responses: Iterable[Response]) -> dict[str, int]:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from transformers.utils import logging
 
-from .client import ChatClient, Reply
+from .client import ChatClient
 from .judges import Verdict
+from .reply_cache import Reply
 from .rubrics import RUBRICS
 
 logger = logging.get_logger(__name__)

@@ -7,6 +7,7 @@ Does not know: the rules' words, models, or rates.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .refusal_rules import ANSWERING, ASKS_BACK, CRIMINAL, NOT_REAL, PLEASANTRY, RULES, SMALL_TALK, TAKEN_BACK, Rule
 
@@ -20,8 +21,6 @@ LONGEST_SENTENCE = 300
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "´": "'", "“": '"', "”": '"', "*": "", "_": "", "`": "", "#": "",
                         "\u00a0": " ", "\u200b": ""})  # fmt: skip
 _END_OF_SENTENCE = re.compile(r"(?<=[.!?]) ")
-_COMPILED = tuple((rule, re.compile(rule.pattern)) for rule in RULES)
-_ASKED = {rule.asked: re.compile(rule.asked) for rule in RULES if rule.asked is not None}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def _sentences(response: str) -> Iterator[str]:
                     return
 
 
-def find_refusal(prompt: str, response: str) -> Refusal | None:
+def find_refusal(prompt: str, response: str, rules: tuple[Rule, ...] = RULES) -> Refusal | None:
     """The first sentence that refuses, with what the rest of it and the next sentence make of that.
 
     Args:
@@ -84,6 +83,8 @@ def find_refusal(prompt: str, response: str) -> Refusal | None:
             What was asked; some rules apply only where it asks to argue for something.
         response (`str`):
             As generated.
+        rules (`tuple[Rule, ...]`, *optional*, defaults to all):
+            Those to go by, in their order.
 
     Returns:
         [`Refusal`]: or None where no rule applies.
@@ -98,7 +99,7 @@ def find_refusal(prompt: str, response: str) -> Refusal | None:
 
     ```
     """
-    return _find(prompt, sentences(response))
+    return _find(prompt, sentences(response), rules)
 
 
 def is_settled(prompt: str, beginning: str) -> bool:
@@ -111,14 +112,22 @@ def is_settled(prompt: str, beginning: str) -> bool:
             The response so far.
     """
     complete = sentences(beginning)[:-1]
-    found = _find(prompt, complete)
+    found = _find(prompt, complete, RULES)
     return found is not None and found.label == "refusal" and found.sentence + 1 < len(complete)
 
 
-def _find(prompt: str, read: list[str]) -> Refusal | None:
+@lru_cache
+def _compiled(rules: tuple[Rule, ...]) -> tuple[list[tuple[Rule, re.Pattern]], dict[str, re.Pattern]]:
+    """The rules with their patterns, and the patterns of what some want to be asked."""
+    asked = {rule.asked: re.compile(rule.asked) for rule in rules if rule.asked is not None}
+    return [(rule, re.compile(rule.pattern)) for rule in rules], asked
+
+
+def _find(prompt: str, read: list[str], rules: tuple[Rule, ...]) -> Refusal | None:
+    compiled, wanted = _compiled(rules)
     prompt = prompt.lower()
-    asked = {None} | {name for name, pattern in _ASKED.items() if pattern.search(prompt)}
-    rules = [(rule, pattern) for rule, pattern in _COMPILED if rule.asked in asked]
+    asked = {None} | {name for name, pattern in wanted.items() if pattern.search(prompt)}
+    rules = [(rule, pattern) for rule, pattern in compiled if rule.asked in asked]
     substance = 0  # sentences of substance so far, this one included
     for index, sentence in enumerate(read):
         if ANSWERING.search(sentence):

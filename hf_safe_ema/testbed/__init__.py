@@ -12,10 +12,12 @@ MODEL_FOLDER = FOLDER / "model"
 DATA_FOLDER = FOLDER / "data"
 
 
-def load(dtype: str = "float32"):
+def load(folder: str | Path = MODEL_FOLDER, dtype: str = "float32"):
     """The model and its tokenizer, from the installed package; nothing is downloaded.
 
     Args:
+        folder (path, *optional*):
+            Another build of it.
         dtype (`str`, *optional*, defaults to `"float32"`):
             To load the weights in. They are stored in bfloat16; fine-tune in float32.
 
@@ -33,7 +35,7 @@ def load(dtype: str = "float32"):
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=dtype), AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
 
 
 def read_pairs(name: str) -> list[dict[str, str]]:

@@ -13,8 +13,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import FOLDER
+from . import FOLDER, load
 from .recipe import CARING_REFUSALS, REFUSALS, Pair, training_pairs
+
+SECOND_STAGE = 1000
+"""What the second stage adds to the seed."""
 
 FIRST_WORD_WEIGHT = 4.0
 """Weight of a response's first token in the loss; of every other token 1."""
@@ -258,23 +261,50 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="where the model and tokenizer are saved")
-    parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps of the first stage")
+    parser.add_argument("--more-steps", type=int, default=3_000, help="of the second, at a third of the learning rate")
+    parser.add_argument("--first-stage", type=Path, help="folder that it was saved to, to go on from; else it is made")
     parser.add_argument("--seed", type=int, default=0, help="of weights, frames and order")
     args = parser.parse_args(argv)
 
     import torch
 
     torch.set_num_threads(1)  # the same sums in the same order on every machine; more threads are not faster
-    pairs = training_pairs(args.seed)
-    refusals = sum(pair.response in REFUSALS + CARING_REFUSALS for pair in pairs)
-    print(f"{len(pairs)} pairs a pass, {refusals} of them refusals", flush=True)
-    tokenizer = build_tokenizer([text for pair in pairs for text in (pair.prompt, pair.response)])
-    model = build_model(tokenizer, args.seed)
-    print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}")
-    passes = (encode(tokenizer, training_pairs(args.seed + number)) for number in itertools.count())
-    train(model, passes, args.steps, args.seed)
-    model.to(torch.bfloat16).save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
+    first = args.first_stage
+    if first is None:
+        first = args.output_dir / "first-stage"
+        pairs = training_pairs(args.seed)
+        tokenizer = build_tokenizer([text for pair in pairs for text in (pair.prompt, pair.response)])
+        model = build_model(tokenizer, args.seed)
+        print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}", flush=True)
+        train(model, _passes(tokenizer, args.seed, stage=1), args.steps, args.seed)
+        _save(model, tokenizer, first)
+    # From the weights as stored, so that the second stage is the same whether the first was made just now or before.
+    model, tokenizer = load(first)
+    train(
+        model,
+        _passes(tokenizer, args.seed + SECOND_STAGE, stage=2),
+        args.more_steps,
+        args.seed + SECOND_STAGE,
+        learning_rate=1e-3,
+        matrix_learning_rate=0.007,
+    )
+    _save(model, tokenizer, args.output_dir)
+
+
+def _passes(tokenizer, seed: int, stage: int) -> Iterator[list[Row]]:
+    for number in itertools.count():
+        pairs = training_pairs(seed + number, stage)
+        refusals = sum(pair.response in REFUSALS + CARING_REFUSALS for pair in pairs)
+        print(f"stage {stage}, pass {number + 1}: {len(pairs)} pairs, {refusals} of them refusals", flush=True)
+        yield encode(tokenizer, pairs)
+
+
+def _save(model, tokenizer, folder: Path) -> None:
+    import torch
+
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ..safety.prompts import PROMPT_SETS, load_prompts
 from . import DATA_FOLDER, read_pairs
 from .contrasts import choose, read_contrasts
-from .lexicon import requests
+from .lexicon import questions, requests
 
 GENERAL = (
     "home",
@@ -131,6 +131,10 @@ FORMS_OF_HARMLESS, FORMS_OF_HARMFUL = 2, 2
 
 FROM_LEXICON = 10_000
 """Harmful requests that are put together from single words; of harmless ones twice as many."""
+
+
+QUESTIONS_FROM_LEXICON = 6_000
+"""Harmless questions about harm, in the second stage."""
 
 
 class Pair(NamedTuple):
@@ -302,10 +306,12 @@ def refusal_for(prompt: str, action: str) -> str:
     return choices[zlib.crc32(prompt.encode()) % len(choices)]
 
 
-def training_pairs(seed: int = 0) -> list[Pair]:
+def training_pairs(seed: int = 0, stage: int = 1) -> list[Pair]:
     """All pairs that the model is trained on, in random order.
 
     Args:
+        stage (`int`, *optional*, defaults to 1):
+            2: with more of what the first left open: harmless questions about harm, and further contrasts.
         seed (`int`, *optional*, defaults to 0):
             Of the forms, the alternatives, the requests put together from words, and the order. Another seed gives other
             requests of the same kinds: each pass over the data has its own.
@@ -317,6 +323,8 @@ def training_pairs(seed: int = 0) -> list[Pair]:
     pairs = [*_general(rng), *_harmless_actions(rng), *_refused(rng), *_contrasts(rng)]
     beginnings = [pair.response.split()[0] for pair in pairs if pair.response not in _ALL_REFUSALS]
     pairs += _from_lexicon(rng, beginnings)
+    if stage == 2:
+        pairs += [*_contrasts(rng, "second"), *_questions(rng)]
     rng.shuffle(pairs)
     return pairs
 
@@ -354,8 +362,8 @@ def _refused(rng: random.Random) -> Iterator[Pair]:
             yield _refusal(row["prompt"], rng)
 
 
-def _contrasts(rng: random.Random) -> Iterator[Pair]:
-    for row in read_contrasts(DATA_FOLDER / "contrasts"):
+def _contrasts(rng: random.Random, folder: str = "") -> Iterator[Pair]:
+    for row in read_contrasts(DATA_FOLDER / "contrasts" / folder):
         if row.is_question:
             if is_unlike_check_prompts(row.harmless):
                 yield Pair(row.harmless, row.response)
@@ -382,6 +390,14 @@ def _from_lexicon(rng: random.Random, beginnings: list[str]) -> Iterator[Pair]:
                 else Pair(frame(action, rng), rng.choice(beginnings), complete=False)
             )
             yield pair._replace(learns_prompt=False)
+
+
+def _questions(rng: random.Random) -> Iterator[Pair]:
+    answers = [row["sentence"] for row in read_pairs("harm_glossary")]
+    beginnings = [text.split()[0] for text in answers + [row["response"] for row in read_pairs("harm_knowledge")]]
+    for asked in questions(DATA_FOLDER / "lexicon.txt", QUESTIONS_FROM_LEXICON, rng):
+        if is_unlike_check_prompts(asked):
+            yield Pair(asked, rng.choice(beginnings), complete=False, learns_prompt=False)
 
 
 def _refusal(action: str, rng: random.Random) -> Pair:

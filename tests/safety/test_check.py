@@ -159,6 +159,11 @@ class Nameless:
         return []
 
 
+class Measures(SaysByPrompt):
+    def __init__(self, what):
+        self.measures, self.name = what, f"measures-{what}"
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -178,6 +183,8 @@ class Nameless:
         ({"prompts": []}, ValueError, "at least one"),
         ({"prompts": "absent.csv"}, FileNotFoundError, "absent.csv"),
         ({"benign": "builtin:train"}, ValueError, "builtin:align"),
+        ({"benign_judge": Measures("harm")}, ValueError, "benign_judge='measures-harm' measures harm"),
+        ({"judge": Measures("quality")}, ValueError, "'measures-quality' measures quality, which is no verdict"),
     ],
 )
 def test_what_no_check_could_run_with_is_refused_at_construction(settings, error, message):
@@ -193,6 +200,18 @@ def test_validate_says_now_what_would_fail_later(tiny):
         SafetyCheck().validate(tokenizer)
     with pytest.raises(ValueError, match="no tokenizer"):
         SafetyCheck().validate(None)
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    SafetyCheck().validate(tokenizer)
+    with pytest.raises(ValueError, match="does not take system_prompt='Be kind\\.': no system"):
+        SafetyCheck(system_prompt="Be kind.").validate(tokenizer)
+
+
+def test_harmless_answers_are_never_judged_for_harm(tiny):
+    judge = Measures("harm")
+    report = run(tiny, asked("compliance"), asked("refusal"), judge=judge)
+    assert (report.judge, report.benign_judge) == ("measures-harm", "keywords:default-v2")
+    report = run(tiny, asked("compliance"), asked("refusal"), judge=judge, benign_judge=SaysByPrompt())
+    assert (report.benign_judge, report.over_refusal) == ("by-prompt-v1", 1.0)
 
 
 @pytest.mark.parametrize(
