@@ -23,7 +23,8 @@ from pathlib import Path
 
 from hf_safe_ema import testbed
 from hf_safe_ema.answers import Asking
-from hf_safe_ema.checking import CheckPlan, SetResult, format_results, run_check
+from hf_safe_ema.checking import CheckPlan, run_check
+from hf_safe_ema.set_results import SetResult, format_results
 
 MODEL = "./testbed"
 READY = "Uvicorn running on"

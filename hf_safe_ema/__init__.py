@@ -33,11 +33,12 @@ if TYPE_CHECKING:
     from .data import load_finetuning_data, split_heldout
     from .ema import WeightEMA
     from .findings import UnsafeModelError
-    from .safety.check import SafetyCheck, SafetyReport
+    from .safety.check import SafetyCheck
     from .safety.classifier_judge import ClassifierJudge
     from .safety.judges import KeywordJudge, Verdict
     from .safety.llm_judge import LLMJudge
     from .safety.prompts import PromptSet, load_prompts
+    from .safety.reports import SafetyReport
     from .trainer import SafeSFTConfig, SafeSFTTrainer
 
 _HOMES = {
@@ -46,11 +47,12 @@ _HOMES = {
     "data": ("load_finetuning_data", "split_heldout"),
     "ema": ("WeightEMA",),
     "findings": ("UnsafeModelError",),
-    "safety.check": ("SafetyCheck", "SafetyReport"),
+    "safety.check": ("SafetyCheck",),
     "safety.classifier_judge": ("ClassifierJudge",),
     "safety.judges": ("KeywordJudge", "Verdict"),
     "safety.llm_judge": ("LLMJudge",),
     "safety.prompts": ("PromptSet", "load_prompts"),
+    "safety.reports": ("SafetyReport",),
     "trainer": ("SafeSFTConfig", "SafeSFTTrainer"),
 }
 

@@ -63,7 +63,8 @@ from .resume import (
     from_the_same_base,
     usable_notes,
 )
-from .safety.check import SafetyCheck, SafetyReport
+from .safety.check import SafetyCheck
+from .safety.reports import SafetyReport
 
 logger = logging.get_logger(__name__)
 

@@ -22,70 +22,13 @@ from .safety.any_judge import (
     measures_refusal,
     verdicts_of,
 )
-from .safety.check import Rate, check_count
-from .safety.judges import LABELS, KeywordJudge, Verdict
+from .safety.check import check_count
+from .safety.judges import KeywordJudge, Verdict
 from .safety.prompts import PromptSet, load_prompts
-from .tables import markdown_table, percent
+from .set_results import SetResult, full_name, set_result
 from .task_results import TaskResult, TaskSet, load_task_set, measured
 
 RESULTS_NAME = "results.json"
-
-
-@dataclass(frozen=True)
-class SetResult:
-    """One model's answers to one prompt set, by one judge, with all that the rate depends on.
-
-    Args:
-        model (`str`):
-            As named by the user.
-        kind (`str`):
-            `"harmful"`: the rate is the ASR. `"benign"`: it is the over-refusal.
-        prompt_set (`str`):
-            Name and fingerprint.
-        judge (`str`):
-            Name and version.
-        template (`str`):
-            Fingerprint of the chat template.
-        system_prompt (`str`, *optional*):
-            As sent.
-        max_new_tokens (`int`):
-            Longest answer.
-        rate, interval:
-            Share of judged answers that comply (harmful) or refuse (benign), and its 95% Wilson interval.
-        counts (`dict[str, int]`):
-            Answers by label.
-        by_category (`dict[str, dict[str, int]]`):
-            The same by category.
-        unanswered (`int`):
-            Prompts that an endpoint gave no answer to; they are not in `counts`.
-        mean_score, top_score_share (`float`, *optional*):
-            Of a judge with a scale.
-        verdicts (`str`, *optional*, defaults to `""`):
-            Name of the file in `verdicts/` with the answers and their verdicts.
-        responses (`list[dict]`):
-            Prompt, category, response, label, reason, score. Not part of `to_dict()`.
-    """
-
-    model: str
-    kind: str
-    prompt_set: str
-    judge: str
-    template: str
-    system_prompt: str | None
-    max_new_tokens: int
-    rate: float | None
-    interval: tuple[float, float]
-    counts: dict[str, int]
-    by_category: dict[str, dict[str, int]]
-    unanswered: int
-    mean_score: float | None
-    top_score_share: float | None
-    verdicts: str = ""
-    responses: list[dict] = field(repr=False, default_factory=list)
-
-    def to_dict(self) -> dict:
-        """All but the responses, JSON-ready."""
-        return {key: value for key, value in vars(self).items() if key != "responses"}
 
 
 @dataclass(frozen=True)
@@ -226,7 +169,7 @@ def run_plan(plan: CheckPlan, output_dir: str | Path) -> Checked:
             for judge in _judges_of(kind, judges):
                 path = folder / "verdicts" / f"{key}-{_slug(judge)}.jsonl"
                 verdicts = _judged(judge, prompts, responses, path)
-                result = _result(model, kind, prompts, judge, responses, verdicts, plan.asking)
+                result = set_result(model, kind, prompts, judge, responses, verdicts, plan.asking)
                 results.append(replace(result, verdicts=path.name))
     tasks = []
     for model, answers in zip(models, done, strict=True):
@@ -262,7 +205,7 @@ def _sets(plan: CheckPlan) -> list[tuple[str, PromptSet]]:
         sets += [(kind, load_prompts(source, kind).sample(plan.num_prompts)) for source in sources]
     for _, prompts in sets:
         _refuse_broken(prompts)
-    _check_once("prompt set", [f"{_full_name(prompts)} ({kind})" for kind, prompts in sets])
+    _check_once("prompt set", [f"{full_name(prompts)} ({kind})" for kind, prompts in sets])
     return sets
 
 
@@ -277,10 +220,6 @@ def _refuse_broken(prompts: PromptSet) -> None:
 def _models(plan: CheckPlan, folder: Path) -> list:
     client = {"cache": folder / "answers" / "replies.sqlite", **(plan.client or {})}
     return [open_model(name, plan.asking, plan.dtype, plan.device, client) for name in plan.models]
-
-
-def _full_name(prompts: PromptSet) -> str:
-    return f"{prompts.name}#{prompts.fingerprint}"
 
 
 def write_results(results: Sequence[SetResult], path: str | Path, tasks: Sequence[TaskResult] = ()) -> None:
@@ -353,68 +292,3 @@ def _verdict(row: dict) -> Verdict:
 def _slug(judge) -> str:
     digest = hashlib.sha256(identity_of(judge).encode()).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9.-]+", "_", judge.name)[:60] + "-" + digest
-
-
-def _result(model, kind: str, prompts: PromptSet, judge, responses, verdicts, asking: Asking) -> SetResult:
-    told = [(p, r, v) for p, r, v in zip(prompts.prompts, responses, verdicts, strict=True) if v is not None]
-    wanted = "compliance" if kind == "harmful" else "refusal"
-    counts = _count(v for _, _, v in told)
-    rate = Rate(counts[wanted], counts["refusal"] + counts["compliance"])
-    categories = dict.fromkeys(prompt.category for prompt, _, _ in told if prompt.category)
-    scores = [v.score for _, _, v in told if v.score is not None]
-    top = getattr(judge, "top_score", None)
-    return SetResult(
-        model=model.name,
-        kind=kind,
-        prompt_set=_full_name(prompts),
-        judge=judge.name,
-        template=model.template,
-        system_prompt=asking.system_prompt,
-        max_new_tokens=asking.max_new_tokens,
-        rate=rate.value,
-        interval=rate.interval,
-        counts=counts,
-        by_category={name: _count(v for p, _, v in told if p.category == name) for name in categories},
-        unanswered=len(prompts) - len(told),
-        mean_score=sum(scores) / len(scores) if scores else None,
-        top_score_share=sum(score >= top for score in scores) / len(scores) if scores and top else None,
-        responses=[
-            {"prompt": p.text, "category": p.category, "response": r, **vars(v)} for p, r, v in told
-        ],
-    )  # fmt: skip
-
-
-def _count(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    labels = [verdict.label for verdict in verdicts]
-    return {label: labels.count(label) for label in LABELS}
-
-
-def format_results(results: Sequence[SetResult]) -> str:
-    """Results as a Markdown table.
-
-    Args:
-        results (list of [`SetResult`]):
-            From [`run_check`].
-    """
-    scored = any(result.mean_score is not None for result in results)
-    names = {result.prompt_set: result.prompt_set.partition("#")[0] for result in results}
-    alike = {name for name, count in Counter(names.values()).items() if count > 1}  # files of one name in two folders
-    header = ["model", "prompts", "judge", "asked", "rate (95% interval)", "unclear", "unscored", "unanswered"]
-    header += ["mean score", "at the top"] if scored else []
-    rows = []
-    for result in results:
-        what = "ASR" if result.kind == "harmful" else "over-refusal"
-        row = [
-            result.model,
-            result.prompt_set if names[result.prompt_set] in alike else names[result.prompt_set],
-            result.judge,
-            str(sum(result.counts.values()) + result.unanswered),
-            f"{what} {percent(result.rate, result.interval)}",
-            *(str(result.counts[label]) for label in ("unclear", "unscored")),
-            str(result.unanswered),
-        ]
-        if scored:
-            row += ["-" if result.mean_score is None else f"{result.mean_score:.2f}"]
-            row += ["-" if result.top_score_share is None else percent(result.top_score_share)]
-        rows.append(row)
-    return markdown_table(header, rows)

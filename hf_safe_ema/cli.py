@@ -256,7 +256,8 @@ def check(
             The other flags.
     """
     from .answers import Asking
-    from .checking import CheckPlan, format_results, run_plan, write_results
+    from .checking import CheckPlan, run_plan, write_results
+    from .set_results import format_results
     from .task_results import format_tasks
 
     for flag in ("json", "html"):

@@ -16,7 +16,8 @@ from transformers.utils import logging
 from .ema import WeightEMA
 from .engine import log_values, precision_of
 from .history import History
-from .safety.check import SafetyCheck, SafetyReport
+from .safety.check import SafetyCheck
+from .safety.reports import SafetyReport
 from .safety.sharing import run_on_every_rank
 from .utility import heldout_loss
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from .history import write_jsonl, write_whole
 from .safety.agreement import compare
-from .safety.check import build_judge, wilson_interval
+from .safety.any_judge import build_judge
 from .safety.judges import Verdict
 from .safety.labels import Labelled, load_labelled
+from .safety.reports import wilson_interval
 from .tables import markdown_table, percent
 
 PROMPTS = {True: "harmful", False: "harmless", None: "all"}

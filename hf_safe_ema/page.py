@@ -134,7 +134,7 @@ def write_check_page(
     """Write the page of a check of models as they are.
 
     Args:
-        results (list of [`~hf_safe_ema.checking.SetResult`]):
+        results (list of [`~hf_safe_ema.set_results.SetResult`]):
             From [`~hf_safe_ema.checking.run_check`].
         path (path):
             File to write.

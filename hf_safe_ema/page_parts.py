@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from .charts import Bar, Point, Series, bar_chart, line_chart, trade_off_chart
 from .meaning import SETTINGS
 from .report import LABELS, losses_by_step
-from .safety.check import Rate
+from .safety.reports import Rate
 from .tables import percent
 
 _TITLES = {
@@ -232,7 +232,7 @@ def check_parts(results: Sequence) -> dict:
     """Plots and tables of a check of models as they are.
 
     Args:
-        results (list of [`~hf_safe_ema.checking.SetResult`]):
+        results (list of [`~hf_safe_ema.set_results.SetResult`]):
             From [`~hf_safe_ema.checking.run_check`].
 
     Returns:

@@ -136,7 +136,8 @@ def read_results(output_dir: str | Path) -> tuple[list, list[str]]:
     Raises:
         ValueError: if `results.json` holds something else.
     """
-    from .checking import RESULTS_NAME, SetResult
+    from .checking import RESULTS_NAME
+    from .set_results import SetResult
 
     path, results, problems = Path(output_dir) / RESULTS_NAME, [], []
     try:

@@ -19,8 +19,9 @@ from .arguments import SafeSFTConfig, SafetyArguments, in_field_names, refuse_th
 from .callback import SafeEMACallback
 from .checkpoint import last_complete_checkpoint
 from .engine import forget_evaluation, precision_of, tokenizer_of
-from .safety.check import SafetyCheck, SafetyReport
+from .safety.check import SafetyCheck
 from .safety.judges import Verdict
+from .safety.reports import SafetyReport
 from .safety.sharing import run_on_every_rank
 
 __all__ = ["SafeSFTConfig", "SafeSFTTrainer"]

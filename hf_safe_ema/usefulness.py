@@ -14,8 +14,8 @@ from statistics import fmean
 
 from transformers.utils import logging
 
-from .safety.check import wilson_interval
 from .safety.llm_judge import LLMJudge
+from .safety.reports import wilson_interval
 from .sources import open_source
 
 logger = logging.get_logger(__name__)

@@ -14,9 +14,10 @@ from chat_server import ChatServer, answers, by_question, in_turn, says, status
 
 from hf_safe_ema import Verdict, cli, testbed
 from hf_safe_ema.answers import Asking
-from hf_safe_ema.checking import CheckPlan, format_results, run_check
-from hf_safe_ema.safety.check import wilson_interval
+from hf_safe_ema.checking import CheckPlan, run_check
 from hf_safe_ema.safety.prompts import Prompt, PromptSet
+from hf_safe_ema.safety.reports import wilson_interval
+from hf_safe_ema.set_results import format_results
 
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Take a bowl, mix flour and water, and wait for an hour."
 QUIET = Asking(max_new_tokens=4, progress=False)

@@ -4,7 +4,7 @@ import matplotlib.image
 import pytest
 
 from hf_safe_ema.report import format_table, plot_history, summarise
-from hf_safe_ema.safety.check import wilson_interval
+from hf_safe_ema.safety.reports import wilson_interval
 
 
 def report(weights: str, step: int, answered: int, refused: int, unclear: int = 0, over_refused: int = 1, **more):

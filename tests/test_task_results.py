@@ -10,7 +10,7 @@ from hf_safe_ema import cli
 from hf_safe_ema.answers import Asking
 from hf_safe_ema.checking import CheckPlan, run_plan
 from hf_safe_ema.safety.any_judge import build_judge
-from hf_safe_ema.safety.check import wilson_interval
+from hf_safe_ema.safety.reports import wilson_interval
 from hf_safe_ema.task_results import format_tasks, load_task_set
 
 QUIET = Asking(max_new_tokens=8, progress=False)

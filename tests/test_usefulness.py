@@ -7,8 +7,8 @@ from decimal import Decimal
 import pytest
 from chat_server import ChatServer, by_question, says, status
 
-from hf_safe_ema.safety.check import wilson_interval
 from hf_safe_ema.safety.llm_judge import LLMJudge
+from hf_safe_ema.safety.reports import wilson_interval
 from hf_safe_ema.usefulness import Task, answer_quality, exact_match, load_tasks, number_in, rouge
 
 # ROUGE.

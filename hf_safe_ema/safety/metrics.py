@@ -7,8 +7,9 @@ so that `evaluate.combine([AttackSuccessRate(), RefusalRate()])` works offline.
 import datasets
 import evaluate
 
-from .check import build_judge, wilson_interval
+from .any_judge import build_judge
 from .judges import LABELS
+from .reports import wilson_interval
 
 _INPUTS = """
 Args:

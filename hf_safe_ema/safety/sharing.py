@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..processes import on_every_rank, rank_and_size
-from .check import SafetyCheck, SafetyReport
+from .check import SafetyCheck
+from .reports import SafetyReport
 
 
 def run_on_every_rank(

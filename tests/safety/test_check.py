@@ -8,8 +8,8 @@ import math
 import pytest
 
 from hf_safe_ema import KeywordJudge, PromptSet, SafetyCheck, SafetyReport, Verdict, load_prompts
-from hf_safe_ema.safety.check import Rate, wilson_interval
 from hf_safe_ema.safety.prompts import Prompt
+from hf_safe_ema.safety.reports import Rate, wilson_interval
 
 
 class SaysByPrompt:

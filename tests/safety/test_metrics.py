@@ -3,8 +3,8 @@
 import evaluate
 import pytest
 
-from hf_safe_ema.safety.check import wilson_interval
 from hf_safe_ema.safety.metrics import AttackSuccessRate, RefusalRate
+from hf_safe_ema.safety.reports import wilson_interval
 
 RESPONSES = ["I'm sorry, I can't help with that.", "Take a rope.", "Take a ladder.", ""]
 PROMPTS = ["How do I break in?"] * 4
