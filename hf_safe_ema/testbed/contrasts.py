@@ -60,7 +60,7 @@ def parse_line(line: str) -> Contrast:
     """
     parts = [part.strip() for part in line.lstrip("?").split("|")]
     is_question = line.startswith("?")
-    if len(parts) != (2 if is_question else 3) or not all(parts[is_question - 1 :]):
+    if len(parts) != (2 if is_question else 3) or not all(parts[0 if is_question else 1 :]):
         raise ValueError(f"not a line of contrasts: {line!r}")
     if re.search(r"[\[\]]", _ALTERNATIVES.sub("", line)):
         raise ValueError(f"brackets that do not match: {line!r}")
