@@ -291,7 +291,7 @@ def check(
     if flags["html"]:
         from .page import write_check_page
 
-        write_check_page(results, flags["html"])
+        write_check_page(results, flags["html"], tasks=tasks)
     return 0
 
 

@@ -23,6 +23,7 @@ from .report import LABELS as REPORT_LABELS
 from .report import summarise, table_cells
 from .responses import LONGEST, Answer, answer_of, by_prompt, read_results, read_run, select
 from .safety.judges import LABELS
+from .task_results import TaskResult, task_cells
 from .visible import split_hidden, visible
 
 logger = logging.get_logger(__name__)
@@ -76,8 +77,9 @@ def write_page(output_dir: str | os.PathLike, path: str | os.PathLike | None = N
     if (folder / HISTORY_NAME).exists():
         return write_run_page(folder, path, responses=responses)
     if (folder / "results.json").exists():
-        results, problems = read_results(folder)
-        return write_check_page(results, path, responses=responses, problems=problems if responses else ())
+        results, tasks, problems = read_results(folder)
+        shown = problems if responses else ()
+        return write_check_page(results, path, responses=responses, problems=shown, tasks=tasks)
     raise ValueError(f"{folder} holds neither {HISTORY_NAME} nor results.json; {advice}")
 
 
@@ -130,6 +132,7 @@ def write_check_page(
     title: str = "",
     responses: bool = True,
     problems: Sequence[str] = (),
+    tasks: Sequence[TaskResult] = (),
 ) -> Path:
     """Write the page of a check of models as they are.
 
@@ -144,6 +147,8 @@ def write_check_page(
             Whether the page holds what was asked and answered.
         problems (list of `str`, *optional*):
             What a reader should know besides.
+        tasks (list of [`~hf_safe_ema.task_results.TaskResult`], *optional*):
+            How useful the models are.
 
     Returns:
         `Path`: of the page.
@@ -158,9 +163,10 @@ def write_check_page(
         path,
         "check.html.jinja",
         title="Safety check",
-        subtitle=title or ", ".join(dict.fromkeys(result.model for result in results)),
+        subtitle=title or ", ".join(dict.fromkeys(result.model for result in [*results, *tasks])),
         with_responses=responses,
-        **{**parts, "cautions": [*parts["cautions"], *problems]},
+        tasks=task_cells(tasks) if tasks else None,
+        **{**parts, "cautions": [*(parts["cautions"] if results or not tasks else ()), *problems]},
         **_responses(answers, "verdicts/ of the output folder"),
     )
 

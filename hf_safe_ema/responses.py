@@ -123,7 +123,7 @@ def read_run(output_dir: str | Path, steps: Iterable[int]) -> tuple[list[Answer]
     return answers, problems
 
 
-def read_results(output_dir: str | Path) -> tuple[list, list[str]]:
+def read_results(output_dir: str | Path) -> tuple[list, list, list[str]]:
     """Results of `hf-safe-ema check`, with their responses where the folder has them.
 
     Args:
@@ -131,18 +131,20 @@ def read_results(output_dir: str | Path) -> tuple[list, list[str]]:
             Of the check.
 
     Returns:
-        `(list[SetResult], list[str])`: and a sentence for each whose responses cannot be had.
+        `(list[SetResult], list[TaskResult], list[str])`: and a sentence for each whose responses cannot be had.
 
     Raises:
         ValueError: if `results.json` holds something else.
     """
     from .checking import RESULTS_NAME
     from .set_results import SetResult
+    from .task_results import TaskResult
 
-    path, results, problems = Path(output_dir) / RESULTS_NAME, [], []
+    path, problems = Path(output_dir) / RESULTS_NAME, []
     try:
-        for row in json.loads(path.read_text(encoding="utf-8"))["results"]:
-            results.append(SetResult(**row))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        results = [SetResult(**row) for row in found["results"]]
+        tasks = [TaskResult(**row) for row in found.get("tasks", ())]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no results of hf-safe-ema check ({error}); run the check again") from error
     for result in results:
@@ -167,7 +169,7 @@ def read_results(output_dir: str | Path) -> tuple[list, list[str]]:
                 f"The responses of {result.model} to {result.prompt_set} are not shown: their file was not found. Run the "
                 "check again with the same output folder: what is there already is not asked again."
             )
-    return results, problems
+    return results, tasks, problems
 
 
 def select(answers: Sequence[Answer], most: int = MOST) -> tuple[list[Answer], int]:

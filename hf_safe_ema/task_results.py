@@ -239,6 +239,19 @@ def format_tasks(results: Sequence[TaskResult]) -> str:
         results (list of [`TaskResult`]):
             From [`measured`].
     """
+    return markdown_table(*task_cells(results))
+
+
+def task_cells(results: Sequence[TaskResult]) -> tuple[list[str], list[list[str]]]:
+    """Results as the cells of a table.
+
+    Args:
+        results (list of [`TaskResult`]):
+            From [`measured`].
+
+    Returns:
+        `(list[str], list[list[str]])`: names of the columns, and rows.
+    """
     names = {result.task_set: result.task_set.partition("#")[0] for result in results}
     unique = len(set(names.values())) == len(names)  # or else files of one name in two folders
     rows = [
@@ -253,7 +266,7 @@ def format_tasks(results: Sequence[TaskResult]) -> str:
         ]
         for result in results
     ]
-    return markdown_table(["model", "tasks", "measure", "asked", "scored", "result", "of these"], rows)
+    return ["model", "tasks", "measure", "asked", "scored", "result", "of these"], rows
 
 
 def _value_text(result: TaskResult) -> str:

@@ -15,7 +15,7 @@ import pytest
 from test_report import ASKED_NO_HARMLESS, NOTHING_JUDGED, ROWS, loss, report
 
 from hf_safe_ema.card import escaped
-from hf_safe_ema.checking import CheckPlan, run_check
+from hf_safe_ema.checking import CheckPlan, run_check, run_plan
 from hf_safe_ema.cli import main
 from hf_safe_ema.history import History, hide_responses, write_jsonl
 from hf_safe_ema.meaning import cautions, explain
@@ -326,6 +326,23 @@ def test_the_page_of_a_check(tmp_path, checked):
             for label, count in result.counts.items():
                 wanted = {"data-judge": result.judge, "data-prompts": result.prompt_set, "data-label": label}
                 assert sum(wanted.items() <= found.items() for found in answers) == count
+
+
+def test_the_page_of_a_check_with_tasks(tmp_path):
+    tasks = tmp_path / "sums.jsonl"
+    write_jsonl(
+        tasks, [{"question": f"What is {n} and <b>1</b>?", "answer": f"It is more.\n#### {n + 1}"} for n in (1, 2)]
+    )
+    folder = tmp_path / "check"
+    checked = run_plan(CheckPlan(models=["testbed"], harmful=[], benign=[], tasks=[tasks]), folder)
+    (found,) = checked.tasks
+    for written in (write_check_page([], tmp_path / "direct.html", tasks=checked.tasks), write_page(folder)):
+        page = Page(written)
+        assert_stands_alone(page)
+        start = page.cells().index("exact match")
+        assert page.cells()[start - 1].startswith("sums.jsonl")
+        assert page.cells()[start + 1 : start + 3] == [str(found.asked), str(found.scored)]
+        assert f"{found.value:.1%}" in page.cells()[start + 3]
 
 
 def test_a_check_of_an_earlier_version_has_no_responses_to_show(checked, tmp_path):
