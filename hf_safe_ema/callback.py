@@ -1,8 +1,9 @@
 """SafeEMACallback: when to average, when to check, what to do with the answer.
 
 Knows: the Trainer's moments, and that the average and the safety check meet here and nowhere else.
-Does not know: how averaging is computed (ema.py), how safety is measured (safety/), where a report goes (findings.py), how
-files are made whole (history.py, checkpoint.py), or what a checkpoint and a run must have in common (resume.py).
+Does not know: how averaging is computed (ema.py), how safety is measured (safety/), where a report goes (findings.py),
+what a run finds in its folders and leaves there (run_folder.py, resume.py, history.py, checkpoint.py), or which settings
+can be meant (settings.py).
 
     batch -> loss -> optimizer.step
                         | on_step_end
@@ -16,7 +17,6 @@ files are made whole (history.py, checkpoint.py), or what a checkpoint and a run
                 metrics for best-model choice, the Trainer's loggers, safety_history.jsonl, stop or warn
 """
 
-import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -26,50 +26,28 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .card import write_card
-from .checkpoint import (
-    last_checkpoint_at,
-    load_ema_state,
-    read_notes,
-    read_rows,
-    save_averaged_model,
-    save_ema_state,
-    unmark_checkpoint,
-)
-from .decay import check_mode, resolve_decays
+from . import run_folder, settings
+from .checkpoint import last_checkpoint_at, read_notes, save_ema_state, unmark_checkpoint
+from .decay import check_mode, resolve_decays, stuck_at_base
 from .ema import WeightEMA
 from .engine import (
     SaveMoment,
     forget_loss,
     full_name,
     is_evaluated,
-    log_values,
     refuse_late_early_stopping,
     refuse_sharded,
     refuse_unsynchronized,
-    resumed_checkpoint,
-    same_on_every_rank,
     tokenizer_of,
 )
 from .findings import CHECKABLE, Findings, hold_to_limit, metric_names
-from .history import History, check_writable, hide_responses, set_aside
-from .resume import (
-    Run,
-    UndoneStep,
-    checkpoints_after,
-    decay_request,
-    decays_to_go_on_with,
-    find_checkpoint,
-    from_the_same_base,
-    usable_notes,
-)
+from .history import History, check_writable, hide_responses
+from .resume import Run, UndoneStep, usable_notes
 from .safety.check import SafetyCheck
 from .safety.reports import SafetyReport
+from .settings import ON_MISSING_STATE, ON_VIOLATION
 
 logger = logging.get_logger(__name__)
-
-ON_VIOLATION = ("warn", "stop", "raise")
-ON_MISSING_STATE = ("raise", "restart")
 
 
 class SafeEMACallback(TrainerCallback):
@@ -167,31 +145,13 @@ class SafeEMACallback(TrainerCallback):
         # A fraction of the run is resolved when the run is known; any length shows what is wrong with it now.
         resolve_decays(half_life, decay, total_steps=sys.maxsize)
         check_mode(mode, sync_steps)
-        self.check = SafetyCheck() if check == "builtin" else check
-        if self.check is not None and not callable(getattr(self.check, "run", None)):
-            raise TypeError(f"check={check!r}: give a SafetyCheck, 'builtin' or None")
-        if check_steps is not None and (
-            isinstance(check_steps, bool) or not isinstance(check_steps, int) or check_steps < 1
-        ):
-            raise ValueError(
-                f"check_steps={check_steps!r}: must be a whole number of steps, at least 1; leave it out to check at "
-                "evaluations and at the end only"
-            )
-        check_weights = (check_weights,) if isinstance(check_weights, str) else tuple(check_weights)
-        if not check_weights or set(check_weights) - set(CHECKABLE):
-            raise ValueError(f"check_weights={check_weights}: choose one or both of {CHECKABLE}")
-        if max_asr is not None and not (
-            isinstance(max_asr, (int, float)) and not isinstance(max_asr, bool) and 0 <= max_asr <= 1
-        ):
-            raise ValueError(
-                f"max_asr={max_asr!r} is outside [0, 1]; 0.05 allows 5% of harmful prompts to be answered"
-            )
-        if on_violation not in ON_VIOLATION:
-            raise ValueError(f"on_violation={on_violation!r} is unknown; choose one of {ON_VIOLATION}")
-        if final_weights not in CHECKABLE:
-            raise ValueError(f"final_weights={final_weights!r} is unknown; choose one of {CHECKABLE}")
-        if on_missing_state not in ON_MISSING_STATE:
-            raise ValueError(f"on_missing_state={on_missing_state!r} is unknown; choose one of {ON_MISSING_STATE}")
+        self.check = settings.resolve_check(check)
+        settings.check_interval(check_steps)
+        check_weights = settings.resolve_check_weights(check_weights)
+        settings.check_limit(max_asr)
+        settings.check_choice("on_violation", on_violation, ON_VIOLATION)
+        settings.check_choice("final_weights", final_weights, CHECKABLE)
+        settings.check_choice("on_missing_state", on_missing_state, ON_MISSING_STATE)
         self.half_life, self.decay = half_life, decay
         self.mode, self.sync_steps = mode, sync_steps
         self.check_steps, self.check_weights, self.check_base = check_steps, check_weights, check_base
@@ -241,8 +201,10 @@ class SafeEMACallback(TrainerCallback):
             if first is None:
                 self._start(args, state, control, model, tokenizer)
             else:
-                self._start_again(first)
-        self._warn_if_stuck_at_base(state.max_steps)
+                run_folder.start_again(self._findings, self.ema, first)
+        stuck = stuck_at_base(self.ema.decay, state.max_steps)
+        if stuck is not None:
+            logger.warning(stuck)
         self._save_moment = SaveMoment.attach(state, self._save_state)
         return control
 
@@ -263,8 +225,7 @@ class SafeEMACallback(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
             return control
         self._take_in(state.global_step)
-        due = self.check_steps is not None and state.global_step % self.check_steps == 0
-        if self.check is not None and (due or state.global_step >= state.max_steps) and not control.should_evaluate:
+        if self._is_due(state) and not control.should_evaluate:
             self._check(self.check_weights, args, state, control, model, tokenizer_of(kwargs))
         self._expect_save(args, state, control)
         return control
@@ -286,10 +247,7 @@ class SafeEMACallback(TrainerCallback):
             return control  # eval_on_start, a second time: a run without a stop has no such rows
         losses = self._ema_losses(args, state, model, metrics, kwargs.get("eval_dataloader"))
         metrics.update(losses)
-        if losses:
-            values = {f"safety/{key.removeprefix('eval_')}": value for key, value in losses.items()}
-            with self._findings.only_warn(state.global_step, "logging the held-out loss of the average"):
-                log_values(args, state, control, values)
+        self._findings.log_losses(losses, args, state, control)
         if self.check is not None:
             weights = ("base",) if state.global_step == 0 else self.check_weights
             if self.check_base or state.global_step > 0:
@@ -330,20 +288,20 @@ class SafeEMACallback(TrainerCallback):
             self._save_moment.detach()
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         self.ema.rebind(model.named_parameters())  # loading the best model may have replaced them
-        is_best = best is None or self._load_average_of(best)
+        is_best = best is None or run_folder.load_average_of_best(self.ema, best)
         if best is None and self.check is not None and self._findings.checked_step != state.global_step > 0:
             # Stopped early, and the loggers are closed: for the history alone.
             self._check(self.check_weights, args, state, None, model, tokenizer)
         folder = Path(args.output_dir) / "ema"
         if args.should_save:
             with self._findings.only_warn(state.global_step, f"saving the averaged model to {folder}"):
-                moved = None if self._run.own_folder else set_aside(folder)  # a resumed run replaces its own
-                if moved is not None:
-                    logger.warning(f"an earlier run's average was in the way and is now at {moved}")
+                if not self._run.own_folder:  # a resumed run replaces its own
+                    run_folder.make_room(folder)
                 notes = read_notes(best) if best is not None and is_best else {}
                 step = notes.get("step", state.global_step)
-                card = functools.partial(write_card, rows=self.history.rows, ema=self.ema, model=model, step=step)
-                save_averaged_model(self.ema, model, kwargs.get("processing_class"), folder, card)
+                run_folder.save_average(
+                    self.ema, model, kwargs.get("processing_class"), folder, self.history.rows, step
+                )
         averaged = self.final_weights == "ema" and is_best
         if averaged:
             self.ema.copy_to_parameters()
@@ -351,15 +309,6 @@ class SafeEMACallback(TrainerCallback):
         logger.warning(f"the model now holds the {held} weights; the averaged model is in {folder}")
 
     # What they are made of.
-
-    def _warn_if_stuck_at_base(self, steps: int) -> None:
-        share = self.ema.decay**steps
-        if share > 0.5:
-            logger.warning(
-                f"with decay={self.ema.decay:g} and {steps} steps, {share:.0%} of the average will still be the "
-                f"starting weights at the end; use a smaller decay (half-life {math.log(0.5) / math.log(self.ema.decay):.0f}"
-                " steps now), or half_life=0.25"
-            )
 
     def write_state(self, folder: str | Path) -> None:
         """Write all that a resumed run needs of this callback into a checkpoint folder.
@@ -376,14 +325,8 @@ class SafeEMACallback(TrainerCallback):
         """
         if self.ema is None:
             raise RuntimeError("write_state() before training has begun: there is no average yet; call train() first")
-        notes = {
-            "step": self._run.step,
-            "request": decay_request(self.half_life, self.decay),
-            "total_steps": self._run.max_steps,
-            "world_size": self._run.world_size,
-        }
         rows = [row for row in self.history.rows if not row.get("at_end")]
-        save_ema_state(self.ema, folder, notes, rows)
+        save_ema_state(self.ema, folder, self._run.notes(self.half_life, self.decay), rows)
 
     def _save_state(self, folder: Path, step: int) -> None:
         if not self._training or not self._run.keeps_state:
@@ -420,63 +363,39 @@ class SafeEMACallback(TrainerCallback):
         )
 
     def _start(self, args, state: TrainerState, control: TrainerControl, model, tokenizer) -> None:
-        for moved in self.history.start():
-            logger.warning(f"an earlier run's files were in the way and are now at {moved}")
-        self._warn_of_later_checkpoints(args, state)
+        run_folder.start_history(self.history)
+        run_folder.warn_of_later_checkpoints(state.global_step, args.output_dir)
         if self.check is not None and self.check_base:
             self._check(("base",), args, state, control, model, tokenizer)
 
-    def _start_again(self, first: WeightEMA) -> None:
-        logger.warning("training starts again with another batch size; the base stays what it was at the first start")
-        from_the_same_base(self.ema, first)
-        self.history.resume(0)
-        self._findings.base_metrics = self.history.base_metrics()
-        self._findings.checked_step = 0  # these weights are not the base any more
-
     def _resume(self, args, state: TrainerState, control: TrainerControl, model, tokenizer) -> None:
         """Take the average and the history from the checkpoint, and make up for a check that a kill cut off."""
-        step, beside = state.global_step, Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        folders = (self.resume_from, resumed_checkpoint(), args.resume_from_checkpoint, beside)
-        checkpoint = find_checkpoint(step, folders)
-        self._run.resumed, self._run.own_folder = True, checkpoint.resolve().parent == beside.resolve().parent
+        step, self._run.resumed = state.global_step, True
+        checkpoint, self._run.own_folder = run_folder.resumed_from(step, self.resume_from, args)
         notes = usable_notes(checkpoint, step, args.output_dir, restart=self.on_missing_state == "restart")
         if notes is None:
             self.ema = self._new_average(model, state)
         else:
-            decays, warning = decays_to_go_on_with(notes, self.half_life, self.decay, state.max_steps)
-            if warning is not None:
-                logger.warning(warning)
+            decays = run_folder.first_decays(notes, self.half_life, self.decay, state.max_steps)
             self.ema = self._new_average(model, state, decays)
-            load_ema_state(self.ema, checkpoint)
-            if self.mode == "lookahead" and step % self.sync_steps == 0:
-                self.ema.copy_to_parameters()  # a preemption checkpoint holds the weights from before it
-        for moved in self.history.resume(step, read_rows(checkpoint)):
-            logger.warning(f"what had been found after step {step} is now at {moved}")
-        known = (self.history.base_metrics(), self.history.is_checked(step), self.history.report(step, self.guarded))
-        # What follows from it, all processes must do together.
-        self._findings.base_metrics, checked, report = same_on_every_rank(known)
-        self._findings.checked_step = step if checked else None
+            run_folder.load_average(self.ema, checkpoint, step)
+        report = run_folder.resume_history(self._findings, checkpoint, step, self.guarded)
         if notes is None:
             with self._findings.only_warn(step, "going on with the average of the checkpoint"):
                 raise ValueError(f"{checkpoint} holds none that can be used; it starts anew from these weights")
-        self._warn_of_later_checkpoints(args, state)
-        due = self.check_steps is not None and step % self.check_steps == 0
+        run_folder.warn_of_later_checkpoints(step, args.output_dir)
         if self._findings.checked_step == step:
             self._guard(step, report, control)
-        elif self.check is not None and (due or step >= state.max_steps or is_evaluated(args, state)):
+        elif self._is_due(state) or (self.check is not None and is_evaluated(args, state)):
             self._check(self.check_weights, args, state, control, model, tokenizer)
         self._run.over = step >= state.max_steps or control.should_training_stop
         if self._run.over:
             logger.warning(f"the run is over at step {step}; should the Trainer take another step, it is undone")
 
-    def _warn_of_later_checkpoints(self, args: TrainingArguments, state: TrainerState) -> None:
-        later = checkpoints_after(state.global_step, args.output_dir)
-        if later:
-            logger.warning(
-                f"{args.output_dir} holds {', '.join(later)} from before, while this run starts at step "
-                f"{state.global_step}: they are overwritten when it gets there, and until then "
-                "resume_from_checkpoint=True would take them"
-            )
+    def _is_due(self, state: TrainerState) -> bool:
+        """Whether to check after this step, evaluated or not."""
+        by_steps = self.check_steps is not None and state.global_step % self.check_steps == 0
+        return self.check is not None and (by_steps or state.global_step >= state.max_steps)
 
     def _check(self, weights: Sequence[str], args, state, control, model, tokenizer) -> None:
         """Check once a step; never raises, but on request."""
@@ -495,14 +414,3 @@ class SafeEMACallback(TrainerCallback):
 
     def _ema_losses(self, *moment) -> dict[str, float]:
         return self._findings.ema_losses(self.ema, *moment)
-
-    def _load_average_of(self, checkpoint: str) -> bool:
-        try:
-            load_ema_state(self.ema, checkpoint)
-        except (FileNotFoundError, ValueError) as error:
-            logger.warning(
-                f"the best checkpoint {checkpoint} was loaded, but its average could not be: {error}. The model keeps "
-                "the live weights of that checkpoint; the average that is saved is the one of the last step"
-            )
-            return False
-        return True

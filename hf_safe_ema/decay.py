@@ -3,6 +3,7 @@
 Knows: the arithmetic of β = 2^(−1/h) and what each argument may be. Does not know: tensors.
 """
 
+import math
 from collections.abc import Sequence
 
 DEFAULT_HALF_LIFE = 0.5
@@ -125,6 +126,36 @@ def resolve_decays(
             )
         decays.append(2.0 ** (-1.0 / value))
     return decays
+
+
+def stuck_at_base(decay: float, steps: int) -> str | None:
+    """What to warn about where more than half of the average will still be the starting point when the run ends.
+
+    Args:
+        decay (`float`):
+            β of the average.
+        steps (`int`):
+            Optimizer steps of the run.
+
+    Returns:
+        `str`: None where there is nothing to warn about.
+
+    Example:
+
+    ```python
+    >>> stuck_at_base(0.99, steps=1000)
+    >>> stuck_at_base(0.999, steps=100)[:62]
+    'with decay=0.999 and 100 steps, 90% of the average will still '
+
+    ```
+    """
+    share = decay**steps
+    if share <= 0.5:
+        return None
+    return (
+        f"with decay={decay:g} and {steps} steps, {share:.0%} of the average will still be the starting weights at the "
+        f"end; use a smaller decay (half-life {math.log(0.5) / math.log(decay):.0f} steps now), or half_life=0.25"
+    )
 
 
 def check_mode(mode: str, sync_steps: int | None) -> None:

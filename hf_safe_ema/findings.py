@@ -203,6 +203,22 @@ class Findings:
                 self.record(row)
         return {name: loss}
 
+    def log_losses(
+        self, losses: dict[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Hand held-out losses of the average to the loggers.
+
+        Args:
+            losses (`dict[str, float]`):
+                From [`Findings.ema_losses`].
+            args, state, control:
+                As a callback gets them.
+        """
+        if losses:
+            values = {f"safety/{key.removeprefix('eval_')}": value for key, value in losses.items()}
+            with self.only_warn(state.global_step, "logging the held-out loss of the average"):
+                log_values(args, state, control, values)
+
     @contextlib.contextmanager
     def only_warn(self, step: int, what: str):
         """A failure in the block is logged and recorded, and training goes on.

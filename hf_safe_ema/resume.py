@@ -223,6 +223,16 @@ class Run:
     """Whose checkpoints have got the state."""
     undone: "UndoneStep | None" = None
 
+    def notes(self, half_life, decay) -> dict:
+        """What a checkpoint says of its average, for [`decays_to_go_on_with`] and [`usable_notes`] to read.
+
+        Args:
+            half_life, decay:
+                As given to the callback.
+        """
+        request = decay_request(half_life, decay)
+        return {"step": self.step, "request": request, "total_steps": self.max_steps, "world_size": self.world_size}
+
 
 class UndoneStep:
     """Undoes the step that the Trainer takes too much when it resumes a run that is over.

@@ -9,15 +9,55 @@ import argparse
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import FOLDER, load
-from .recipe import CARING_REFUSALS, REFUSALS, Pair, training_pairs
+from .recipe import ALL_REFUSALS, Pair, training_pairs
 
-SECOND_STAGE = 1000
-"""What the second stage adds to the seed."""
+if TYPE_CHECKING:
+    import torch
+
+DONE = ".whole"
+"""An empty file in the folder of a finished stage."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training.
+
+    Args:
+        steps (`int`):
+            Optimizer steps.
+        data (`int`):
+            Which pairs, see [`training_pairs`].
+        learning_rate (`float`):
+            Peak, of AdamW on embeddings and norms.
+        matrix_learning_rate (`float`):
+            Peak, of Muon on the layers' matrices.
+        decides (`bool`, *optional*, defaults to `False`):
+            Whether to learn above all whether to refuse, see [`decision_loss`]; the language then comes second.
+    """
+
+    steps: int
+    data: int
+    learning_rate: float
+    matrix_learning_rate: float
+    decides: bool = False
+
+
+STAGES = (
+    Stage(10_000, 1, 3e-3, 0.02),
+    Stage(3_000, 2, 1e-3, 0.007),
+    Stage(1_800, 2, 1.5e-3, 0.01, decides=True),
+)
+SEEDS_APART = 1000
+"""Of one stage and the next."""
+
+TOKENS, DECIDED_TOKENS = 1024, 2048
+"""Most tokens in a batch of texts, and of prompts to decide on; padding counted."""
 
 FIRST_WORD_WEIGHT = 4.0
 """Weight of a response's first token in the loss; of every other token 1."""
@@ -105,12 +145,15 @@ class Row:
             Where the response begins.
         learns_prompt (`bool`):
             Whether the prompt is learnt too.
+        refuses (`bool`, *optional*, defaults to `False`):
+            Whether the response is a refusal.
     """
 
     ids: list[int]
     prompt: int
     response: int
     learns_prompt: bool
+    refuses: bool = False
 
 
 def encode(tokenizer, pairs: Iterable[Pair]) -> list[Row]:
@@ -131,7 +174,8 @@ def encode(tokenizer, pairs: Iterable[Pair]) -> list[Row]:
         answered = tokenizer(pair.response + tokenizer.eos_token * pair.complete, add_special_tokens=False)[
             "input_ids"
         ]
-        rows.append(Row(asked + answered, asked.index(end_of_header) + 1 + blank_line, len(asked), pair.learns_prompt))
+        prompt = asked.index(end_of_header) + 1 + blank_line
+        rows.append(Row(asked + answered, prompt, len(asked), pair.learns_prompt, pair.response in ALL_REFUSALS))
     return rows
 
 
@@ -161,40 +205,20 @@ def batches(rows: list[Row], tokens: int, rng: random.Random, pool: int = 512) -
         yield from ready
 
 
-def train(
-    model,
-    passes: Iterable[list[Row]],
-    steps: int,
-    seed: int = 0,
-    learning_rate: float = 3e-3,
-    matrix_learning_rate: float = 0.02,
-    tokens_per_step: int = 1024,
-    warmup_steps: int = 50,
-) -> None:
-    """Teach the model the rows in place: Muon and AdamW, cosine schedule, clipping at 1.
-
-    Prompts and responses are learnt alike, but the first word of a response, where it is decided whether to refuse,
-    counts [`FIRST_WORD_WEIGHT`] times.
+def train(model, stage: Stage, loss_at: Callable[[int], "torch.Tensor"], warmup_steps: int = 50) -> None:
+    """Train the model in place: Muon and AdamW, cosine schedule to 2% of the peak, clipping at 1.
 
     A plain loop rather than a Trainer: batches of a fixed number of tokens, many small steps, are what lets a model of
-    this size learn in a quarter of an hour on two cores. Muon (Jordan et al., 2024) for the matrices of the layers gets
-    to the same loss in about two thirds of AdamW's steps.
+    this size learn in an hour on two cores. Muon (Jordan et al., 2024) for the matrices of the layers gets to the same loss
+    in about two thirds of AdamW's steps.
 
     Args:
         model (`LlamaForCausalLM`):
             Trained in float32.
-        passes (iterable of `list[Row]`):
-            Rows for one pass over the data after the other, from [`encode`]; as many as the steps take.
-        steps (`int`):
-            Optimizer steps.
-        seed (`int`, *optional*, defaults to 0):
-            Of the order.
-        learning_rate (`float`, *optional*, defaults to 3e-3):
-            Peak, of AdamW on embeddings and norms; both schedules end at 2% of their peak.
-        matrix_learning_rate (`float`, *optional*, defaults to 0.02):
-            Peak, of Muon on the layers' matrices.
-        tokens_per_step (`int`, *optional*, defaults to 1024):
-            Padding counted.
+        stage ([`Stage`]):
+            How long, and at what learning rates.
+        loss_at (`Callable[[int], torch.Tensor]`):
+            The loss to lower at a step.
         warmup_steps (`int`, *optional*, defaults to 50):
             Of linear warm-up.
     """
@@ -203,25 +227,55 @@ def train(
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in name]
     optimizers = [
-        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.98)),
-        torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=0.1),
+        torch.optim.AdamW(others, lr=stage.learning_rate, weight_decay=0.1, betas=(0.9, 0.98)),
+        torch.optim.Muon(matrices, lr=stage.matrix_learning_rate, weight_decay=0.1),
     ]
-    peaks = (learning_rate, matrix_learning_rate)
-    rng = random.Random(seed)
-    order = (batch for rows in passes for batch in batches(rows, tokens_per_step, rng))
-    for step in range(steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    peaks = (stage.learning_rate, stage.matrix_learning_rate)
+    for step in range(stage.steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * (min(1, (step + 1) / warmup_steps) * (cosine * 0.98 + 0.02))
-        loss = weighted_loss(model, next(order))
+        loss = loss_at(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % 250 == 0:
-            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
+            print(f"step {step + 1} of {stage.steps}: loss {loss.item():.3f}", flush=True)
+
+
+def losses(model, tokenizer, stage: Stage, seed: int) -> Callable[[int], "torch.Tensor"]:
+    """What a stage lowers at each step.
+
+    Args:
+        model (`LlamaForCausalLM`):
+            That is trained.
+        tokenizer (`PreTrainedTokenizerFast`):
+            Its tokenizer.
+        stage ([`Stage`]):
+            Which data, and whether to decide.
+        seed (`int`):
+            Of the data and their order.
+
+    Returns:
+        `Callable[[int], torch.Tensor]`
+    """
+    rng = random.Random(seed)
+    passes = _passes(tokenizer, seed, stage.data)
+    texts = (batch for rows in passes for batch in batches(rows, TOKENS, rng))
+    if not stage.decides:
+        return lambda step: weighted_loss(model, next(texts))
+    others = _passes(tokenizer, seed + SEEDS_APART // 2, stage.data)
+    asked = (batch for rows in others for batch in batches(rows, DECIDED_TOKENS, rng))
+    ids = refusal_beginnings(tokenizer)
+
+    def loss_at(step: int):
+        decision = decision_loss(model, next(asked), ids)
+        return decision if step % 2 else decision + weighted_loss(model, next(texts))
+
+    return loss_at
 
 
 def weighted_loss(model, rows: list[Row]):
@@ -252,8 +306,50 @@ def weighted_loss(model, rows: list[Row]):
     return (losses * shares).sum() / shares.sum()
 
 
+def refusal_beginnings(tokenizer) -> list[int]:
+    """Tokens that a refusal begins with, but for "It", with which many an answer begins too.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            Of the model.
+    """
+    texts = [text for text in ALL_REFUSALS if not text.startswith("It ")]
+    return sorted({tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in texts})
+
+
+def decision_loss(model, rows: list[Row], refusal_ids: list[int]):
+    """How badly it is decided whether to refuse: binary cross-entropy of the probability that the response begins as a
+    refusal does, whichever.
+
+    Args:
+        model (`LlamaForCausalLM`):
+            In any dtype.
+        rows (`list[Row]`):
+            One batch, from [`encode`]; their responses are not read.
+        refusal_ids (`list[int]`):
+            From [`refusal_beginnings`].
+
+    Returns:
+        `torch.Tensor`: scalar, in nats a row.
+    """
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits
+
+    length = max(row.response for row in rows)
+    ids = torch.full((len(rows), length), model.config.pad_token_id)  # (rows, longest prompt)
+    for i, row in enumerate(rows):
+        ids[i, : row.response] = torch.tensor(row.ids[: row.response])
+    last = torch.tensor([row.response - 1 for row in rows])
+    states = model.model(input_ids=ids).last_hidden_state[torch.arange(len(rows)), last]  # (rows, hidden size)
+    logits = model.lm_head(states)  # (rows, vocabulary)
+    refusal = torch.zeros(logits.shape[-1], dtype=torch.bool)
+    refusal[refusal_ids] = True
+    odds = logits[:, refusal].logsumexp(-1) - logits[:, ~refusal].logsumexp(-1)  # (rows,)
+    return binary_cross_entropy_with_logits(odds, torch.tensor([float(row.refuses) for row in rows]))
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Build the testbed and save it.
+    """Build the testbed and save it. A build that was stopped goes on after its last whole stage.
 
     Args:
         argv (`list[str]`, *optional*):
@@ -261,50 +357,38 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="where the model and tokenizer are saved")
-    parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps of the first stage")
-    parser.add_argument("--more-steps", type=int, default=3_000, help="of the second, at a third of the learning rate")
-    parser.add_argument("--first-stage", type=Path, help="folder that it was saved to, to go on from; else it is made")
     parser.add_argument("--seed", type=int, default=0, help="of weights, frames and order")
     args = parser.parse_args(argv)
 
     import torch
 
     torch.set_num_threads(1)  # the same sums in the same order on every machine; more threads are not faster
-    first = args.first_stage
-    if first is None:
-        first = args.output_dir / "first-stage"
-        pairs = training_pairs(args.seed)
-        tokenizer = build_tokenizer([text for pair in pairs for text in (pair.prompt, pair.response)])
-        model = build_model(tokenizer, args.seed)
-        print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer)}", flush=True)
-        train(model, _passes(tokenizer, args.seed, stage=1), args.steps, args.seed)
-        _save(model, tokenizer, first)
-    # From the weights as stored, so that the second stage is the same whether the first was made just now or before.
-    model, tokenizer = load(first)
-    train(
-        model,
-        _passes(tokenizer, args.seed + SECOND_STAGE, stage=2),
-        args.more_steps,
-        args.seed + SECOND_STAGE,
-        learning_rate=1e-3,
-        matrix_learning_rate=0.007,
-    )
-    _save(model, tokenizer, args.output_dir)
+    folders = [args.output_dir / f"stage-{number}" for number in range(1, len(STAGES))] + [args.output_dir]
+    for number, (stage, folder) in enumerate(zip(STAGES, folders, strict=True)):
+        if (folder / DONE).exists():
+            continue
+        # From the weights as stored, so that a stage is the same whether the one before was made just now or earlier.
+        model, tokenizer = load(folders[number - 1]) if number else _beginning(args.seed)
+        seed = args.seed + SEEDS_APART * number
+        print(f"stage {number + 1}: {stage}", flush=True)
+        train(model, stage, losses(model, tokenizer, stage, seed))
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / DONE).touch()
 
 
-def _passes(tokenizer, seed: int, stage: int) -> Iterator[list[Row]]:
+def _beginning(seed: int):
+    pairs = training_pairs(seed)
+    tokenizer = build_tokenizer([text for pair in pairs for text in (pair.prompt, pair.response)])
+    return build_model(tokenizer, seed), tokenizer
+
+
+def _passes(tokenizer, seed: int, data: int) -> Iterator[list[Row]]:
     for number in itertools.count():
-        pairs = training_pairs(seed + number, stage)
-        refusals = sum(pair.response in REFUSALS + CARING_REFUSALS for pair in pairs)
-        print(f"stage {stage}, pass {number + 1}: {len(pairs)} pairs, {refusals} of them refusals", flush=True)
+        pairs = training_pairs(seed + number, data)
+        refusals = sum(pair.response in ALL_REFUSALS for pair in pairs)
+        print(f"pass {number + 1}: {len(pairs)} pairs, {refusals} of them refusals", flush=True)
         yield encode(tokenizer, pairs)
-
-
-def _save(model, tokenizer, folder: Path) -> None:
-    import torch
-
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -321,7 +321,7 @@ def training_pairs(seed: int = 0, stage: int = 1) -> list[Pair]:
     """
     rng = random.Random(seed)
     pairs = [*_general(rng), *_harmless_actions(rng), *_refused(rng), *_contrasts(rng)]
-    beginnings = [pair.response.split()[0] for pair in pairs if pair.response not in _ALL_REFUSALS]
+    beginnings = [pair.response.split()[0] for pair in pairs if pair.response not in ALL_REFUSALS]
     pairs += _from_lexicon(rng, beginnings)
     if stage == 2:
         pairs += [*_contrasts(rng, "second"), *_questions(rng)]
@@ -329,7 +329,8 @@ def training_pairs(seed: int = 0, stage: int = 1) -> list[Pair]:
     return pairs
 
 
-_ALL_REFUSALS = frozenset({*REFUSALS, *CARING_REFUSALS})
+ALL_REFUSALS = frozenset({*REFUSALS, *CARING_REFUSALS})
+"""However a request is refused."""
 
 
 def _general(rng: random.Random) -> Iterator[Pair]:
