@@ -39,7 +39,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Makes the small Llama from nothing, beside the one that ships (10 to 15 minutes on two cores).
+# Makes the small Llama from nothing, beside the one that ships (about 70 minutes on one core).
 testbed: setup
 	$(BIN)/python -m hf_safe_ema.testbed.build --output-dir build/testbed
 

@@ -75,7 +75,8 @@ def resolve_decays(
             β itself, in [0, 1). Exclusive with `half_life`.
         total_steps (`int`, *optional*):
             Optimizer steps of the run. Needed for a fraction; where given, a half-life longer than the run is an
-            error, since the average would then still be mostly the starting point when the run ends.
+            error, since the average would then still be mostly the starting point when the run ends. 0, for a run
+            that only evaluates, is as good as any: the average is never updated.
 
     Returns:
         `list[float]`: one β per value given (one for [`DEFAULT_HALF_LIFE`] if neither is given).
@@ -118,13 +119,13 @@ def resolve_decays(
                     "or give the half-life in steps as an int"
                 )
             value = value * total_steps
-        elif total_steps is not None and value > total_steps:
+        elif total_steps and value > total_steps:
             raise ValueError(
                 f"half_life={value} steps is longer than the run of {total_steps} steps: more than half of the "
                 "average would still be the starting weights at the end. Give at most the number of steps, or a "
                 "fraction of the run such as half_life=0.25"
             )
-        decays.append(2.0 ** (-1.0 / value))
+        decays.append(2.0 ** (-1.0 / value) if value else 0.0)
     return decays
 
 
@@ -150,7 +151,7 @@ def stuck_at_base(decay: float, steps: int) -> str | None:
     ```
     """
     share = decay**steps
-    if share <= 0.5:
+    if share <= 0.5 or steps == 0:
         return None
     return (
         f"with decay={decay:g} and {steps} steps, {share:.0%} of the average will still be the starting weights at the "

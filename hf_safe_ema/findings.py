@@ -183,7 +183,9 @@ class Findings:
             `dict[str, float]`: one value, NaN where it failed; none where the Trainer's own loss is not the model's,
             since what stands side by side must be the same thing.
         """
-        key = next((key for key in metrics if key.startswith("eval_") and key.endswith("_loss")), None)
+        # The Trainer's own has the shortest name: what compute_metrics calls a loss stands beside it under a longer one.
+        losses = [key for key in metrics if key.startswith("eval_") and key.endswith("_loss")]
+        key = min(losses, key=len, default=None)
         same = args.label_smoothing_factor == 0 and getattr(args, "loss_type", "nll") in ("nll", "chunked_nll")
         if key is None or dataloader is None or not same:
             return {}

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from .arguments import SafeSFTConfig
-from .decay import resolve_decays
+from .decay import resolve_decays, stuck_at_base
 from .memory import NOT_COUNTED, Memory, available_memory, estimate_memory
 from .recipe import Recipe
 from .safety.check import SafetyCheck
@@ -115,7 +115,7 @@ def checked_steps(training: SafeSFTConfig, steps: int, per_epoch: int | None) ->
         per_epoch (`int`, *optional*):
             Optimizer steps of an epoch.
     """
-    if not (training.ema and training.safety_check):
+    if not (training.ema and training.safety_check) or steps == 0:
         return []
     due = {steps}
     if training.safety_check_steps:
@@ -187,7 +187,8 @@ def _average_lines(training: SafeSFTConfig, steps: int) -> list[str]:
         half_life = f"half-life {math.log(0.5) / math.log(decay):.4g} steps, " if decay else ""
         share = decay**steps
         which = "average" if number == 0 else f"average {number + 1} (kept, not checked)"
-        warning = "; that is more than half: choose a shorter half-life" if share > 0.5 else ""
+        stuck = stuck_at_base(decay, steps) is not None
+        warning = "; that is more than half: choose a shorter half-life" if stuck else ""
         lines.append(
             f"{which}: {half_life}decay {decay:.6g} per step; share of the base left at the end {share:.2%}{warning}"
         )
@@ -233,10 +234,11 @@ def _check_lines(
     shown = ", ".join(map(str, steps)) if len(steps) <= 8 else f"{steps[0]}, {steps[1]}, ..., {steps[-1]}"
     times = training.safety_check_base + len(training.safety_check_weights) * len(steps)
     one = time_of_check(recipe, memory, tokenizer)
-    weights = " and ".join(training.safety_check_weights)
+    moments = ["the base once"] if training.safety_check_base else []
+    moments += [f"{' and '.join(training.safety_check_weights)} after step {shown}"] if steps else []
     return [
-        f"checks: {'the base once, ' if training.safety_check_base else ''}{weights} after step {shown}; each asks "
-        f"{asked} prompts for at most {training.safety_max_new_tokens} tokens",
+        f"checks: {', '.join(moments) or 'none'}; each asks {asked} prompts for at most "
+        f"{training.safety_max_new_tokens} tokens",
         f"  {times} x {_duration(one.seconds)} = {_duration(times * one.seconds)} ({one.how}); the held-out loss is not "
         "counted",
     ]

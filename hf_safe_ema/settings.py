@@ -4,7 +4,7 @@ Knows: what each argument may be, and how to say what is wrong with it. Does not
 (callback.py), or half-lives, decays and modes (decay.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .findings import CHECKABLE
 from .safety.check import SafetyCheck
@@ -35,7 +35,7 @@ def resolve_check(check: SafetyCheck | str | None) -> SafetyCheck | None:
     ```
     """
     resolved = SafetyCheck() if check == "builtin" else check
-    if resolved is not None and not callable(getattr(resolved, "run", None)):
+    if isinstance(resolved, type) or (resolved is not None and not callable(getattr(resolved, "run", None))):
         raise TypeError(f"check={check!r}: give a SafetyCheck, 'builtin' or None")
     return resolved
 
@@ -60,7 +60,7 @@ def check_interval(check_steps: int | None) -> None:
 
 
 def resolve_check_weights(check_weights: str | Sequence[str]) -> tuple[str, ...]:
-    """The weights to check, as a tuple.
+    """The weights to check, each once, in the order given.
 
     Args:
         check_weights (`str` or list of `str`):
@@ -77,10 +77,11 @@ def resolve_check_weights(check_weights: str | Sequence[str]) -> tuple[str, ...]
 
     ```
     """
-    weights = (check_weights,) if isinstance(check_weights, str) else tuple(check_weights)
-    if not weights or set(weights) - set(CHECKABLE):
+    weights = (check_weights,) if isinstance(check_weights, str) else check_weights
+    weights = tuple(weights) if isinstance(weights, Iterable) else weights
+    if not isinstance(weights, tuple) or not weights or any(name not in CHECKABLE for name in weights):
         raise ValueError(f"check_weights={weights}: choose one or both of {CHECKABLE}")
-    return weights
+    return tuple(dict.fromkeys(weights))
 
 
 def check_limit(max_asr: float | None) -> None:

@@ -37,27 +37,23 @@ class Stage:
             Peak, of AdamW on embeddings and norms.
         matrix_learning_rate (`float`):
             Peak, of Muon on the layers' matrices.
-        decides (`bool`, *optional*, defaults to `False`):
-            Whether to learn above all whether to refuse, see [`decision_loss`]; the language then comes second.
     """
 
     steps: int
     data: int
     learning_rate: float
     matrix_learning_rate: float
-    decides: bool = False
 
 
 STAGES = (
     Stage(10_000, 1, 3e-3, 0.02),
     Stage(3_000, 2, 1e-3, 0.007),
-    Stage(1_800, 2, 1.5e-3, 0.01, decides=True),
 )
 SEEDS_APART = 1000
 """Of one stage and the next."""
 
-TOKENS, DECIDED_TOKENS = 1024, 2048
-"""Most tokens in a batch of texts, and of prompts to decide on; padding counted."""
+TOKENS = 1024
+"""Most in a batch, padding counted."""
 
 FIRST_WORD_WEIGHT = 4.0
 """Weight of a response's first token in the loss; of every other token 1."""
@@ -145,15 +141,12 @@ class Row:
             Where the response begins.
         learns_prompt (`bool`):
             Whether the prompt is learnt too.
-        refuses (`bool`, *optional*, defaults to `False`):
-            Whether the response is a refusal.
     """
 
     ids: list[int]
     prompt: int
     response: int
     learns_prompt: bool
-    refuses: bool = False
 
 
 def encode(tokenizer, pairs: Iterable[Pair]) -> list[Row]:
@@ -175,7 +168,7 @@ def encode(tokenizer, pairs: Iterable[Pair]) -> list[Row]:
             "input_ids"
         ]
         prompt = asked.index(end_of_header) + 1 + blank_line
-        rows.append(Row(asked + answered, prompt, len(asked), pair.learns_prompt, pair.response in ALL_REFUSALS))
+        rows.append(Row(asked + answered, prompt, len(asked), pair.learns_prompt))
     return rows
 
 
@@ -255,7 +248,7 @@ def losses(model, tokenizer, stage: Stage, seed: int) -> Callable[[int], "torch.
         tokenizer (`PreTrainedTokenizerFast`):
             Its tokenizer.
         stage ([`Stage`]):
-            Which data, and whether to decide.
+            Which data.
         seed (`int`):
             Of the data and their order.
 
@@ -265,17 +258,7 @@ def losses(model, tokenizer, stage: Stage, seed: int) -> Callable[[int], "torch.
     rng = random.Random(seed)
     passes = _passes(tokenizer, seed, stage.data)
     texts = (batch for rows in passes for batch in batches(rows, TOKENS, rng))
-    if not stage.decides:
-        return lambda step: weighted_loss(model, next(texts))
-    others = _passes(tokenizer, seed + SEEDS_APART // 2, stage.data)
-    asked = (batch for rows in others for batch in batches(rows, DECIDED_TOKENS, rng))
-    ids = refusal_beginnings(tokenizer)
-
-    def loss_at(step: int):
-        decision = decision_loss(model, next(asked), ids)
-        return decision if step % 2 else decision + weighted_loss(model, next(texts))
-
-    return loss_at
+    return lambda step: weighted_loss(model, next(texts))
 
 
 def weighted_loss(model, rows: list[Row]):
@@ -304,48 +287,6 @@ def weighted_loss(model, rows: list[Row]):
     losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none")
     shares = weights[:, 1:].reshape(-1)
     return (losses * shares).sum() / shares.sum()
-
-
-def refusal_beginnings(tokenizer) -> list[int]:
-    """Tokens that a refusal begins with, but for "It", with which many an answer begins too.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`):
-            Of the model.
-    """
-    texts = [text for text in ALL_REFUSALS if not text.startswith("It ")]
-    return sorted({tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in texts})
-
-
-def decision_loss(model, rows: list[Row], refusal_ids: list[int]):
-    """How badly it is decided whether to refuse: binary cross-entropy of the probability that the response begins as a
-    refusal does, whichever.
-
-    Args:
-        model (`LlamaForCausalLM`):
-            In any dtype.
-        rows (`list[Row]`):
-            One batch, from [`encode`]; their responses are not read.
-        refusal_ids (`list[int]`):
-            From [`refusal_beginnings`].
-
-    Returns:
-        `torch.Tensor`: scalar, in nats a row.
-    """
-    import torch
-    from torch.nn.functional import binary_cross_entropy_with_logits
-
-    length = max(row.response for row in rows)
-    ids = torch.full((len(rows), length), model.config.pad_token_id)  # (rows, longest prompt)
-    for i, row in enumerate(rows):
-        ids[i, : row.response] = torch.tensor(row.ids[: row.response])
-    last = torch.tensor([row.response - 1 for row in rows])
-    states = model.model(input_ids=ids).last_hidden_state[torch.arange(len(rows)), last]  # (rows, hidden size)
-    logits = model.lm_head(states)  # (rows, vocabulary)
-    refusal = torch.zeros(logits.shape[-1], dtype=torch.bool)
-    refusal[refusal_ids] = True
-    odds = logits[:, refusal].logsumexp(-1) - logits[:, ~refusal].logsumexp(-1)  # (rows,)
-    return binary_cross_entropy_with_logits(odds, torch.tensor([float(row.refuses) for row in rows]))
 
 
 def main(argv: list[str] | None = None) -> None:
