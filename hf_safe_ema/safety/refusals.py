@@ -126,8 +126,8 @@ def _compiled(rules: tuple[Rule, ...]) -> tuple[list[tuple[Rule, re.Pattern]], d
 def _find(prompt: str, read: list[str], rules: tuple[Rule, ...]) -> Refusal | None:
     compiled, wanted = _compiled(rules)
     prompt = prompt.lower()
-    asked = {None} | {name for name, pattern in wanted.items() if pattern.search(prompt)}
-    rules = [(rule, pattern) for rule, pattern in compiled if rule.asked in asked]
+    applies = {None: True}  # by what rules want to be asked; found out when it matters
+    rules = compiled
     substance = 0  # sentences of substance so far, this one included
     for index, sentence in enumerate(read):
         if ANSWERING.search(sentence):
@@ -137,6 +137,10 @@ def _find(prompt: str, read: list[str], rules: tuple[Rule, ...]) -> Refusal | No
         rules = [(rule, pattern) for rule, pattern in rules if substance <= rule.sentences]
         for rule, pattern in rules:
             if not _may_match(rule, sentence):
+                continue
+            if rule.asked not in applies:
+                applies[rule.asked] = wanted[rule.asked].search(prompt) is not None
+            if not applies[rule.asked]:
                 continue
             found = pattern.search(own) or (pattern.search(sentence) if own != sentence else None)
             if found is not None:
