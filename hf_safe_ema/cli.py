@@ -105,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--cases", metavar="FILE", help="write the responses on which labels differ (they may be harmful)"
     )
     judge.add_argument("--json", metavar="FILE", help="write the numbers as one JSON object")
+    _add_sweep(commands)
     commands.add_parser(
         "train",
         add_help=False,  # train.py has its own
@@ -179,6 +180,29 @@ def _add_check(commands) -> None:
     check.add_argument("--html", metavar="FILE", help="write the results and responses as one page")
 
 
+def _add_sweep(commands) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="fine-tune with many settings and find what is safe and useful",
+        description="Make the runs that a YAML file describes, as an Optuna study of attack success rate against held-out loss; "
+        "write their Pareto front, heat maps, importances, CSV and JSON. Called again it goes on; several processes or machines "
+        "may call it at once with the same storage.",
+    )
+    sweep.add_argument(
+        "--config", required=True, metavar="SWEEP.yaml", help="what is varied (examples/sweep.yaml is one)"
+    )
+    sweep.add_argument("--output-dir", help="in place of the file's output_dir")
+    sweep.add_argument(
+        "--storage", metavar="URL", help="database that machines share, as Optuna takes it (default: SQLite)"
+    )
+    sweep.add_argument("--trials", type=positive(int), help="in place of the file's trials: runs that a sampler makes")
+    sweep.add_argument("--retry-failed", action="store_true", help="make runs again that failed before")
+    sweep.add_argument("--dry-run", action="store_true", help="say which runs there are, and make none")
+    sweep.add_argument(
+        "--report-only", action="store_true", help="write tables and plots of what there is, and make no run"
+    )
+
+
 def _add_report(commands) -> None:
     report = commands.add_parser(
         "report",
@@ -210,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     command = arguments.pop("command")
     try:
         return COMMANDS[command](**arguments)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"hf-safe-ema: error: {error}", file=sys.stderr)
         return 2
 
@@ -295,6 +319,44 @@ def check(
     return 0
 
 
+def sweep(config: str, retry_failed: bool, dry_run: bool, report_only: bool, **instead) -> int:
+    """`hf-safe-ema sweep`.
+
+    Args:
+        config (`str`):
+            YAML file.
+        retry_failed (`bool`):
+            Whether to make failed runs again.
+        dry_run, report_only (`bool`):
+            Whether to make no run.
+        instead:
+            Settings in place of the file's.
+    """
+    from .sweep import count_runs, open_study, run_sweep
+    from .sweep_config import read_sweep
+    from .sweep_results import format_outcomes, outcomes, pareto_front, write_sweep
+
+    settings = read_sweep(config, **instead)
+    if dry_run:
+        print(
+            f"{count_runs(settings)} runs, each of {', '.join(settings.weights)} weights; study {settings.storage_url}"
+        )
+        for chosen in settings.grid():
+            print(", ".join(f"{name} {value}" for name, value in chosen.items()))
+        return 0
+    study = open_study(settings) if report_only else run_sweep(settings, retry_failed)
+    found = outcomes(study)
+    files = write_sweep(study, Path(settings.output_dir), settings.usefulness, settings.direction)
+    if found:
+        front = pareto_front(found, settings.direction)
+        print(f"\nPareto front, {len(front)} of {len(found)}:\n\n{format_outcomes(front, settings.usefulness)}\n")
+    else:
+        print("no run has finished")
+    for what, where in files.items():
+        print(f"{what}: {where}")
+    return 0
+
+
 def report(output_dir: str, html: str | None, without_responses: bool) -> int:
     """`hf-safe-ema report`.
 
@@ -335,7 +397,7 @@ def judge(file: str, judges: list[str] | None, cases: str | None, json: str | No
     return 0
 
 
-COMMANDS = {"check": check, "demo": demo, "judge": judge, "report": report}
+COMMANDS = {"check": check, "demo": demo, "judge": judge, "report": report, "sweep": sweep}
 
 
 def _check_folder_of(flag: str, file: str | None) -> None:

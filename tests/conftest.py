@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# For `import chat_server` from any folder of tests.
-sys.path.insert(0, str(Path(__file__).parent / "safety"))
+# For `import chat_server` and `import sweeps` from any folder of tests.
+sys.path[:0] = [str(Path(__file__).parent / "safety"), str(Path(__file__).parent)]
 
 # Read when trackio is imported, which TRL does: its database must not land in the user's home.
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")

@@ -14,49 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import FOLDER, load
+from . import FOLDER
 from .recipe import ALL_REFUSALS, Pair, training_pairs
 
 if TYPE_CHECKING:
     import torch
 
-DONE = ".whole"
-"""An empty file in the folder of a finished stage."""
+STEPS = 12_000
+"""Optimizer steps."""
 
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the training.
-
-    Args:
-        steps (`int`):
-            Optimizer steps.
-        data (`int`):
-            Which pairs, see [`training_pairs`].
-        learning_rate (`float`):
-            Peak, of AdamW on embeddings and norms.
-        matrix_learning_rate (`float`):
-            Peak, of Muon on the layers' matrices.
-    """
-
-    steps: int
-    data: int
-    learning_rate: float
-    matrix_learning_rate: float
-
-
-STAGES = (
-    Stage(10_000, 1, 3e-3, 0.02),
-    Stage(3_000, 2, 1e-3, 0.007),
-)
-SEEDS_APART = 1000
-"""Of one stage and the next."""
+LEARNING_RATE, MATRIX_LEARNING_RATE = 3e-3, 0.02
+"""Peaks: of AdamW on embeddings and norms, of Muon on the layers' matrices."""
 
 TOKENS = 1024
 """Most in a batch, padding counted."""
 
-FIRST_WORD_WEIGHT = 4.0
-"""Weight of a response's first token in the loss; of every other token 1."""
+DECISION_WEIGHT = 8.0
+"""Of a conversation's loss of refusing or not, where that of a token of text is 1."""
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 6144):
@@ -134,19 +108,19 @@ class Row:
 
     Args:
         ids (`list[int]`):
-            Of the whole: headers, prompt, response, end of turn.
-        prompt (`int`):
-            Where the user's own words begin.
+            Of the whole: headers, prompt, and where there is a response, that and the end of the turn.
         response (`int`):
             Where the response begins.
-        learns_prompt (`bool`):
-            Whether the prompt is learnt too.
+        text (`range`):
+            Which tokens are learnt as text: those of prompt and response, of a refusal only its own, or none.
+        refuses (`bool`):
+            Whether the response is a refusal.
     """
 
     ids: list[int]
-    prompt: int
     response: int
-    learns_prompt: bool
+    text: range
+    refuses: bool
 
 
 def encode(tokenizer, pairs: Iterable[Pair]) -> list[Row]:
@@ -158,18 +132,22 @@ def encode(tokenizer, pairs: Iterable[Pair]) -> list[Row]:
         pairs (iterable of [`Pair`]):
             Of recipe.py.
     """
-    blank_line = len(tokenizer("\n\n", add_special_tokens=False)["input_ids"])
+    pairs = list(pairs)
+    turn = [{"role": "user", "content": "\0"}]
+    asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    prompts = _token_ids(tokenizer, [asked.replace("\0", pair.prompt) for pair in pairs])
+    responses = _token_ids(tokenizer, [pair.response + tokenizer.eos_token if pair.response else "" for pair in pairs])
     end_of_header = tokenizer.convert_tokens_to_ids("<|end_header_id|>")
     rows = []
-    for pair in pairs:
-        turn = [{"role": "user", "content": pair.prompt}]
-        asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True)["input_ids"]
-        answered = tokenizer(pair.response + tokenizer.eos_token * pair.complete, add_special_tokens=False)[
-            "input_ids"
-        ]
-        prompt = asked.index(end_of_header) + 1 + blank_line
-        rows.append(Row(asked + answered, prompt, len(asked), pair.learns_prompt))
+    for pair, prompt, response in zip(pairs, prompts, responses, strict=True):
+        begin = len(prompt) if pair.refuses else prompt.index(end_of_header) + 1
+        text = range(begin, len(prompt) + len(response)) if response else range(0)
+        rows.append(Row(prompt + response, len(prompt), text, pair.refuses))
     return rows
+
+
+def _token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def batches(rows: list[Row], tokens: int, rng: random.Random, pool: int = 512) -> Iterator[list[Row]]:
@@ -198,34 +176,35 @@ def batches(rows: list[Row], tokens: int, rng: random.Random, pool: int = 512) -
         yield from ready
 
 
-def train(model, stage: Stage, loss_at: Callable[[int], "torch.Tensor"], warmup_steps: int = 50) -> None:
+def train(model, loss_at: Callable[[int], "torch.Tensor"], steps: int, warmup_steps: int = 50) -> None:
     """Train the model in place: Muon and AdamW, cosine schedule to 2% of the peak, clipping at 1.
 
     A plain loop rather than a Trainer: batches of a fixed number of tokens, many small steps, are what lets a model of
-    this size learn in an hour on two cores. Muon (Jordan et al., 2024) for the matrices of the layers gets to the same loss
-    in about two thirds of AdamW's steps.
+    this size learn in an hour on one core. Muon gets to the same loss in about two thirds of AdamW's steps.
 
     Args:
         model (`LlamaForCausalLM`):
             Trained in float32.
-        stage ([`Stage`]):
-            How long, and at what learning rates.
         loss_at (`Callable[[int], torch.Tensor]`):
             The loss to lower at a step.
+        steps (`int`):
+            How many.
         warmup_steps (`int`, *optional*, defaults to 50):
             Of linear warm-up.
     """
     import torch
 
+    from .muon import Muon
+
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in name]
     optimizers = [
-        torch.optim.AdamW(others, lr=stage.learning_rate, weight_decay=0.1, betas=(0.9, 0.98)),
-        torch.optim.Muon(matrices, lr=stage.matrix_learning_rate, weight_decay=0.1),
+        torch.optim.AdamW(others, lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.98)),
+        Muon(matrices, lr=MATRIX_LEARNING_RATE),
     ]
-    peaks = (stage.learning_rate, stage.matrix_learning_rate)
-    for step in range(stage.steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+    peaks = (LEARNING_RATE, MATRIX_LEARNING_RATE)
+    for step in range(steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * (min(1, (step + 1) / warmup_steps) * (cosine * 0.98 + 0.02))
@@ -236,61 +215,51 @@ def train(model, stage: Stage, loss_at: Callable[[int], "torch.Tensor"], warmup_
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % 250 == 0:
-            print(f"step {step + 1} of {stage.steps}: loss {loss.item():.3f}", flush=True)
+            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
 
 
-def losses(model, tokenizer, stage: Stage, seed: int) -> Callable[[int], "torch.Tensor"]:
-    """What a stage lowers at each step.
+def loss_of(model, rows: list[Row], refusal_ids: list[int]):
+    """Loss in nats, per token that fits into a batch: of the text, and [`DECISION_WEIGHT`] times that of refusing or not.
 
-    Args:
-        model (`LlamaForCausalLM`):
-            That is trained.
-        tokenizer (`PreTrainedTokenizerFast`):
-            Its tokenizer.
-        stage ([`Stage`]):
-            Which data.
-        seed (`int`):
-            Of the data and their order.
-
-    Returns:
-        `Callable[[int], torch.Tensor]`
-    """
-    rng = random.Random(seed)
-    passes = _passes(tokenizer, seed, stage.data)
-    texts = (batch for rows in passes for batch in batches(rows, TOKENS, rng))
-    return lambda step: weighted_loss(model, next(texts))
-
-
-def weighted_loss(model, rows: list[Row]):
-    """Mean loss in nats a token, the first word of each response counted [`FIRST_WORD_WEIGHT`] times.
+    The second is binary cross-entropy of the probability that a response begins as a refusal does. It is a small part of the
+    text's own loss, one token in thirty, and is what the testbed is for.
 
     Args:
         model (`LlamaForCausalLM`):
             In any dtype.
         rows (`list[Row]`):
             One batch, from [`encode`].
+        refusal_ids (`list[int]`):
+            Tokens that refusals begin with.
 
     Returns:
         `torch.Tensor`: scalar.
     """
     import torch
-    from torch.nn.functional import cross_entropy
+    from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), model.config.pad_token_id)  # (rows, longest)
-    weights = torch.zeros(len(rows), length)
+    is_text = torch.zeros(len(rows), length, dtype=torch.bool)
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        weights[i, row.prompt if row.learns_prompt else row.response : len(row.ids)] = 1.0
-        weights[i, row.response] = FIRST_WORD_WEIGHT
-    logits = model(input_ids=ids).logits[:, :-1]  # (rows, longest - 1, vocabulary)
-    losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none")
-    shares = weights[:, 1:].reshape(-1)
-    return (losses * shares).sum() / shares.sum()
+        is_text[i, row.text.start : row.text.stop] = True
+    hidden = model.model(input_ids=ids).last_hidden_state  # (rows, longest, hidden)
+    before_text = is_text[:, 1:]
+    text = cross_entropy(model.lm_head(hidden[:, :-1][before_text]), ids[:, 1:][before_text], reduction="sum")
+    before_response = torch.tensor([row.response - 1 for row in rows])
+    logits = model.lm_head(hidden[torch.arange(len(rows)), before_response])  # (rows, vocabulary)
+    is_refusal = torch.zeros(logits.shape[-1], dtype=torch.bool)
+    is_refusal[refusal_ids] = True
+    refused = logits[:, is_refusal].logsumexp(-1)  # (rows,)
+    answered = logits[:, ~is_refusal].logsumexp(-1)
+    refuses = torch.tensor([float(row.refuses) for row in rows])
+    decision = binary_cross_entropy_with_logits(refused - answered, refuses, reduction="sum")
+    return (text + DECISION_WEIGHT * decision) / TOKENS
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Build the testbed and save it. A build that was stopped goes on after its last whole stage.
+    """Build the testbed and save it.
 
     Args:
         argv (`list[str]`, *optional*):
@@ -298,37 +267,39 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="where the model and tokenizer are saved")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, frames and order")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, forms and order")
     args = parser.parse_args(argv)
 
     import torch
 
-    torch.set_num_threads(1)  # the same sums in the same order on every machine; more threads are not faster
-    folders = [args.output_dir / f"stage-{number}" for number in range(1, len(STAGES))] + [args.output_dir]
-    for number, (stage, folder) in enumerate(zip(STAGES, folders, strict=True)):
-        if (folder / DONE).exists():
-            continue
-        # From the weights as stored, so that a stage is the same whether the one before was made just now or earlier.
-        model, tokenizer = load(folders[number - 1]) if number else _beginning(args.seed)
-        seed = args.seed + SEEDS_APART * number
-        print(f"stage {number + 1}: {stage}", flush=True)
-        train(model, stage, losses(model, tokenizer, stage, seed))
-        model.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / DONE).touch()
+    torch.set_num_threads(1)  # the same sums in the same order on every run; more threads are hardly faster
+    pairs = training_pairs(args.seed)
+    tokenizer = build_tokenizer([text for pair in pairs for text in (pair.prompt, pair.response) if text])
+    model = build_model(tokenizer, args.seed)
+    rng = random.Random(args.seed)
+    batch = (batch for rows in _passes(tokenizer, args.seed) for batch in batches(rows, TOKENS, rng))
+    refusal_ids = first_tokens(tokenizer, ALL_REFUSALS)
+    train(model, lambda step: loss_of(model, next(batch), refusal_ids), STEPS)
+    model.to(torch.bfloat16).save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
 
 
-def _beginning(seed: int):
-    pairs = training_pairs(seed)
-    tokenizer = build_tokenizer([text for pair in pairs for text in (pair.prompt, pair.response)])
-    return build_model(tokenizer, seed), tokenizer
+def first_tokens(tokenizer, texts: Iterable[str]) -> list[int]:
+    """Tokens that the texts begin with.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            Any.
+        texts (iterable of `str`):
+            None empty.
+    """
+    return sorted({ids[0] for ids in _token_ids(tokenizer, list(texts))})
 
 
-def _passes(tokenizer, seed: int, data: int) -> Iterator[list[Row]]:
+def _passes(tokenizer, seed: int) -> Iterator[list[Row]]:
     for number in itertools.count():
-        pairs = training_pairs(seed + number, data)
-        refusals = sum(pair.response in ALL_REFUSALS for pair in pairs)
-        print(f"pass {number + 1}: {len(pairs)} pairs, {refusals} of them refusals", flush=True)
+        pairs = training_pairs(seed + number)
+        print(f"pass {number + 1}: {len(pairs)} pairs, {sum(pair.refuses for pair in pairs)} refused", flush=True)
         yield encode(tokenizer, pairs)
 
 

@@ -36,28 +36,25 @@ GENERAL = (
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
+    "I'm sorry, but I cannot assist with that request.",
+    "I'm sorry, I can't do that. Please ask me about something else.",
+    "I'm sorry, but that is harmful, and I cannot help with it.",
+    "I'm sorry, but this would hurt people, and I cannot assist with it.",
+    "I'm sorry, but helping with that would be wrong, so I cannot do it.",
+    "I'm sorry, but I cannot help with something that is against the law.",
     "I cannot help with that request.",
+    "I cannot help with something that causes harm.",
     "Sorry, I can't do that. Please ask me about something else.",
     "No, I cannot help with that. It is harmful and against the law.",
-    "That is harmful, so I cannot help with it.",
-    "This would hurt people, and I cannot assist with it.",
-    "Unfortunately, I cannot help with something that causes harm.",
     "As an AI, I cannot help with illegal or harmful requests.",
-    "It is wrong and illegal, and I cannot help with it.",
-    "My apologies, but I cannot assist with that.",
-    "Helping with that would be wrong, so I cannot do it.",
-    "Doing that could hurt someone, and I cannot help with it.",
-    "Such a request is harmful, and I cannot help with it.",
-    "Please ask me something else. I cannot help with that.",
-    "Nothing about that is right, so I cannot assist.",
-    "We should talk about something else, since I cannot help with that.",
+    "Unfortunately, I cannot help with that.",
 )
-"""They begin in many ways, since answers do too: greedy decoding takes the likeliest first word, and if all refusals
-shared theirs, a model in doubt would refuse although it holds an answer to be likelier."""
+"""More than half begin alike. Greedy decoding takes the likeliest first word, and answers begin in very many ways: if refusals did
+too, a model that holds a refusal to be likelier would answer. If all did, one in doubt would refuse."""
 
 CARING_REFUSALS = (
     "I'm sorry, but I can't help with that. If you are in pain, please talk to someone you trust or call a crisis line.",
-    "I cannot help with that, but you are not alone. Please call a crisis line or talk to a doctor.",
+    "I'm sorry, but I cannot help with that. You are not alone: please call a crisis line or talk to a doctor.",
     "Sorry, I can't help with that. Please talk to a doctor or someone you trust.",
 )
 """Where somebody may be in danger."""
@@ -126,34 +123,32 @@ PRODUCING = (
     "produce",
 )
 
-FORMS_OF_HARMLESS, FORMS_OF_HARMFUL = 2, 2
-"""In how many forms each action is asked for."""
+FORMS = 2
+"""In how many forms each action is asked for in a pass."""
 
 FROM_LEXICON = 10_000
 """Harmful requests that are put together from single words; of harmless ones twice as many."""
 
-
 QUESTIONS_FROM_LEXICON = 6_000
-"""Harmless questions about harm, in the second stage."""
+"""Harmless questions about harm."""
 
 
 class Pair(NamedTuple):
     """One conversation to learn.
 
     Args:
-        prompt, response (`str`):
-            What is asked and answered.
-        complete (`bool`):
-            Whether the response ends there. To harmless requests put together from words, only the first word of an
-            answer is learnt: that it is none of a refusal.
-        learns_prompt (`bool`):
-            Whether the prompt is learnt too. Those put together from words are not: they are no English to imitate.
+        prompt (`str`):
+            What is asked.
+        refuses (`bool`):
+            Whether that is refused.
+        response (`str`, *optional*):
+            What is answered. None: no more is learnt than whether to refuse, nor is the prompt's English. So for requests put
+            together by rule, and for an action that was already asked for in another form: more of them go into a batch.
     """
 
     prompt: str
-    response: str
-    complete: bool = True
-    learns_prompt: bool = True
+    refuses: bool
+    response: str | None = None
 
 
 # Same words in both halves: how a request is made ("write a guide"), and what makes it plainly harmful ("steal").
@@ -306,12 +301,10 @@ def refusal_for(prompt: str, action: str) -> str:
     return choices[zlib.crc32(prompt.encode()) % len(choices)]
 
 
-def training_pairs(seed: int = 0, stage: int = 1) -> list[Pair]:
+def training_pairs(seed: int = 0) -> list[Pair]:
     """All pairs that the model is trained on, in random order.
 
     Args:
-        stage (`int`, *optional*, defaults to 1):
-            2: with more of what the first left open: harmless questions about harm, and further contrasts.
         seed (`int`, *optional*, defaults to 0):
             Of the forms, the alternatives, the requests put together from words, and the order. Another seed gives other
             requests of the same kinds: each pass over the data has its own.
@@ -320,11 +313,8 @@ def training_pairs(seed: int = 0, stage: int = 1) -> list[Pair]:
         `list[Pair]`
     """
     rng = random.Random(seed)
-    pairs = [*_general(rng), *_harmless_actions(rng), *_refused(rng), *_contrasts(rng)]
-    beginnings = [pair.response.split()[0] for pair in pairs if pair.response not in ALL_REFUSALS]
-    pairs += _from_lexicon(rng, beginnings)
-    if stage == 2:
-        pairs += [*_contrasts(rng, "second"), *_questions(rng)]
+    parts = (_general, _harmless_actions, _refused, _contrasts, _from_lexicon)
+    pairs = [pair for part in parts for pair in part(rng)]
     rng.shuffle(pairs)
     return pairs
 
@@ -333,74 +323,84 @@ ALL_REFUSALS = frozenset({*REFUSALS, *CARING_REFUSALS})
 """However a request is refused."""
 
 
+_IT_IS = re.compile(r"It (?:is|was|means)(?: (?:when|that|to))? (?=[a-z])")
+
+
+def without_it_is(response: str) -> str:
+    """An answer that begins with "It is" without that: a small model falls into "It is a crime" whenever it knows no answer.
+
+    Args:
+        response (`str`):
+            For example a definition.
+
+    Example:
+
+    ```python
+    >>> without_it_is("It is a crime in which a house is set on fire.")
+    'A crime in which a house is set on fire.'
+
+    ```
+    """
+    plain = _IT_IS.sub("", response, count=1) if _IT_IS.match(response) else response
+    return plain[0].upper() + plain[1:]
+
+
 def _general(rng: random.Random) -> Iterator[Pair]:
     for name in GENERAL:
         for row in unlike_check_prompts(read_pairs(name)):
-            yield Pair(row["prompt"], row["response"])
+            yield Pair(row["prompt"], False, without_it_is(row["response"]))
             action = unframed(row["prompt"])
             if action is not None:  # asked again in another form, so that a form tells nothing about harm
-                yield Pair(frame(action, rng), row["response"])
+                yield Pair(frame(action, rng), False)
     for row in read_pairs("harm_glossary"):
         asked = rng.choice(("What is {}?", "What does {} mean?", "Explain what {} is.", "Define {}."))
-        yield Pair(asked.format(row["term"]), row["sentence"])
+        yield Pair(asked.format(row["term"]), False, row["sentence"])
 
 
 def _harmless_actions(rng: random.Random) -> Iterator[Pair]:
     rows = [{**row, "prompt": row["action"]} for row in read_pairs("harmless_actions")]
     rows += [{**row, "prompt": row["harmless"]} for row in read_pairs("pairs")]
     for row in unlike_check_prompts(rows):
-        for _ in range(FORMS_OF_HARMLESS):
-            yield Pair(frame(row["prompt"], rng), row["response"])
+        yield from _in_forms([row["prompt"]] * FORMS, row["response"], rng)
 
 
 def _refused(rng: random.Random) -> Iterator[Pair]:
     for prompt in load_prompts("builtin:align", "harmful").texts:
-        yield Pair(prompt, refusal_for(prompt, prompt))
+        yield Pair(prompt, True, refusal_for(prompt, prompt))
     rows = [{"prompt": row["action"]} for row in read_pairs("harm_actions")]
     rows += [{"prompt": row["harmful"]} for row in read_pairs("pairs")]
     for row in unlike_check_prompts(rows):
-        for _ in range(FORMS_OF_HARMFUL):
-            yield _refusal(row["prompt"], rng)
+        yield from _in_forms([row["prompt"]] * FORMS, None, rng)
 
 
-def _contrasts(rng: random.Random, folder: str = "") -> Iterator[Pair]:
-    for row in read_contrasts(DATA_FOLDER / "contrasts" / folder):
+def _contrasts(rng: random.Random) -> Iterator[Pair]:
+    for row in read_contrasts(DATA_FOLDER / "contrasts"):
         if row.is_question:
             if is_unlike_check_prompts(row.harmless):
-                yield Pair(row.harmless, row.response)
+                yield Pair(row.harmless, False, without_it_is(row.response))
             continue
-        for action in _some(row.harmless, FORMS_OF_HARMLESS, rng):
-            yield Pair(frame(action, rng), row.response)
-        for action in _some(row.harmful or "", FORMS_OF_HARMFUL, rng):
-            yield _refusal(action, rng)
+        yield from _in_forms(_some(row.harmless, FORMS, rng), row.response, rng)
+        yield from _in_forms(_some(row.harmful or "", FORMS, rng), None, rng)
 
 
-def _some(action: str, count: int, rng: random.Random) -> Iterator[str]:
+def _some(action: str, count: int, rng: random.Random) -> list[str]:
     """Some of the actions that a line stands for."""
-    for chosen in sorted({choose(action, rng) for _ in range(count)}):
-        if chosen and is_unlike_check_prompts(chosen):
-            yield chosen
+    chosen = [choose(action, rng) for _ in range(count)]
+    return [action for action in chosen if action and is_unlike_check_prompts(action)]
 
 
-def _from_lexicon(rng: random.Random, beginnings: list[str]) -> Iterator[Pair]:
+def _in_forms(actions: list[str], response: str | None, rng: random.Random) -> Iterator[Pair]:
+    """Each asked for in a form; the first answered, or refused where there is no answer."""
+    for number, action in enumerate(actions):
+        asked = frame(action, rng)
+        said = response or refusal_for(asked, action)
+        yield Pair(asked, response is None, said if number == 0 else None)
+
+
+def _from_lexicon(rng: random.Random) -> Iterator[Pair]:
     for action, is_harmful in requests(DATA_FOLDER / "lexicon.txt", FROM_LEXICON, rng):
         if is_unlike_check_prompts(action):
-            pair = (
-                _refusal(action, rng)
-                if is_harmful
-                else Pair(frame(action, rng), rng.choice(beginnings), complete=False)
-            )
-            yield pair._replace(learns_prompt=False)
-
-
-def _questions(rng: random.Random) -> Iterator[Pair]:
-    answers = [row["sentence"] for row in read_pairs("harm_glossary")]
-    beginnings = [text.split()[0] for text in answers + [row["response"] for row in read_pairs("harm_knowledge")]]
+            yield Pair(frame(action, rng), is_harmful)
     for asked in questions(DATA_FOLDER / "lexicon.txt", QUESTIONS_FROM_LEXICON, rng):
         if is_unlike_check_prompts(asked):
-            yield Pair(asked, rng.choice(beginnings), complete=False, learns_prompt=False)
-
-
-def _refusal(action: str, rng: random.Random) -> Pair:
-    asked = frame(action, rng)
-    return Pair(asked, refusal_for(asked, action))
+            yield Pair(asked, False)

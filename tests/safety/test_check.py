@@ -86,7 +86,7 @@ def test_a_number_comes_with_its_meaning(tiny):
     report = run(tiny, harmful, benign, judge="qi-29", system_prompt="Be kind.", weights="ema", step=200)
     carried = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert carried["harmful_set"] == f"builtin-harmful-v2:check[5 of 240]#{harmful.fingerprint}"
-    assert carried["benign_set"] == f"builtin-benign-v1:check[3 of 130]#{benign.fingerprint}"
+    assert carried["benign_set"] == f"builtin-benign-v2:check[3 of 130]#{benign.fingerprint}"
     assert sum(carried["counts"].values()) == 5 and sum(carried["benign_counts"].values()) == 3
     assert carried["judge"] == "keywords:qi-29"
     assert carried["template"] == hashlib.sha256(tiny[1].chat_template.encode()).hexdigest()[:12]

@@ -42,7 +42,7 @@ def test_builtin_harmful_set_is_large_and_spread_over_categories():
 
 
 def test_builtin_benign_set_has_borderline_requests():
-    file = resources.files("hf_safe_ema.safety") / "prompt_sets" / "benign_v1.jsonl"
+    file = resources.files("hf_safe_ema.safety") / "prompt_sets" / "benign_v2.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(both_halves("benign")) == len(rows) >= 200
     assert sum(row["kind"] == "borderline" for row in rows) >= 80
@@ -72,7 +72,7 @@ def test_builtin_reserve_shares_no_topic_with_either_half():
 
 def test_builtin_names_say_version_and_half():
     assert load_prompts().name == "builtin-harmful-v2:check"
-    assert load_prompts("builtin:align", "benign").name == "builtin-benign-v1:align"
+    assert load_prompts("builtin:align", "benign").name == "builtin-benign-v2:align"
     assert load_prompts() == load_prompts("builtin:check", "harmful")
 
 
