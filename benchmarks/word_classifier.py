@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 
 from hf_safe_ema.safety.prompts import load_prompts
-from hf_safe_ema.testbed.recipe import CARING_REFUSALS, REFUSALS, topic_stems, training_pairs
+from hf_safe_ema.testbed.recipe import topic_stems, training_pairs
 
 SHARES = (0.25, 0.5, 1.0)
 STRENGTHS = (1e-6, 3e-6, 1e-5)
@@ -91,8 +91,7 @@ def fit(inputs: torch.Tensor, labels: torch.Tensor, strength: float) -> tuple[to
 
 def main() -> None:
     """Print the table."""
-    refusals = {*REFUSALS, *CARING_REFUSALS}
-    data = [(pair.prompt, pair.response in refusals) for pair in training_pairs()]
+    data = [(pair.prompt, pair.refuses) for pair in training_pairs()]
     asked = {part: load_prompts(f"builtin:{part}", "harmful").texts for part in ("check", "reserve")}
     asked["harmless"] = load_prompts("builtin:check", "benign").texts
     print("| share of the data | requests | part | area under the curve | answered at 10% over-refusal |")

@@ -162,16 +162,18 @@ def wait_for(condition, processes):
     return found
 
 
-def test_a_sampler_makes_as_many_runs_as_asked_and_repeats_none(tmp_path):
-    vary = {"learning_rate": {"low": 1e-3, "high": 2e-3, "log": True}, "per_device_train_batch_size": [2]}
+def test_a_sampler_makes_as_many_runs_as_asked(tmp_path):
+    vary = {"learning_rate": {"low": 1e-3, "high": 2e-3, "log": True}, "warmup_steps": {"low": 0, "high": 2}}
     path = write_sweep_file(
-        tmp_path, vary=vary, sampler="tpe", trials=2, half_lives=[0.5], usefulness="mean_token_accuracy",
-        train={"per_device_train_batch_size": None},
-    )  # fmt: skip
+        tmp_path, vary=vary, sampler="tpe", trials=2, half_lives=[0.5], usefulness="mean_token_accuracy"
+    )
     study = run_sweep(read_sweep(str(path)))
     assert sum(made(study).values()) == 2
     assert study.directions[1].name == "MAXIMIZE"
     assert all(0 <= t.values[1] <= 1 for t in study.trials)
+    assert all(
+        1e-3 <= t.params["learning_rate"] <= 2e-3 and t.params["warmup_steps"] in (0, 1, 2) for t in study.trials
+    )
 
 
 def test_settings_that_were_chosen_before_need_no_run(tmp_path):

@@ -1,8 +1,8 @@
 """The study's model: a Llama of 5 million parameters, made from real data and aligned to refuse. Never committed.
 
-It learns English from half of Alpaca, Dolly and ORCA and from the testbed's own conversations, and to refuse from the testbed's
-requests and 400 of AdvBench's prompts. The other half of the real rows is what it is fine-tuned on in the study, and the other
-120 of AdvBench's prompts are what it is checked with: it has seen neither. An hour or so on one core.
+It learns English from half of Alpaca and Dolly and from the testbed's own conversations, and to refuse from the testbed's
+requests and 400 of AdvBench's prompts. The other half of the real rows, and ORCA, of which there are few, is what it is fine-tuned on
+in the study, and the other 120 of AdvBench's prompts are what it is checked with: it has seen neither. An hour or so on one core.
 
     python benchmarks/study/base.py --data ../shared/data --output-dir build/study
 """
@@ -48,7 +48,8 @@ def halves(folder: Path, name: str) -> tuple[list[dict], list[dict]]:
     sides = ([], [])
     for file in SOURCES[name]:
         for row in load_finetuning_data(str(folder / file)):
-            sides[zlib.crc32(row["prompt"][-1]["content"].lower().encode()) % 2].append(row)
+            asked = row["prompt"][-1]["content"].lower()
+            sides[name == "orca" or zlib.crc32(asked.encode()) % 2].append(row)
     return sides
 
 

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 
 from hf_safe_ema.testbed import build
 from hf_safe_ema.testbed.recipe import Pair
@@ -11,7 +12,7 @@ from hf_safe_ema.testbed.recipe import Pair
 @pytest.fixture
 def rows():
     lengths = [3, 50, 7, 20, 20, 9, 31, 2]
-    return [build.Row(list(range(length)), 1, 2, True) for length in lengths]
+    return [build.Row(list(range(length)), 1, range(0), False) for length in lengths]
 
 
 def test_batches_keep_to_their_size_and_leave_nothing_out(rows):
@@ -28,37 +29,54 @@ def test_the_order_of_batches_follows_from_the_seed(rows):
     assert any(order(0) != order(seed) for seed in range(1, 5))
 
 
-def test_rows_know_where_prompt_and_response_begin(tiny):
+def test_rows_know_where_the_response_begins_and_what_is_learnt_as_text(tiny):
     tokenizer = tiny[1]
-    whole, open_ended = build.encode(
-        tokenizer,
-        [Pair("How do I boil an egg?", "Boil it."), Pair("How do I boil an egg?", "Boil", False, False)],
+    asked, said = "How do I boil an egg?", "Boil it."
+    answered, refused, decided = build.encode(
+        tokenizer, [Pair(asked, False, said), Pair(asked, True, said), Pair(asked, True)]
     )
-    assert tokenizer.decode(whole.ids[whole.prompt :]).startswith("How do I boil an egg?")
-    assert tokenizer.decode(whole.ids[whole.response :]) == "Boil it." + tokenizer.eos_token
-    assert tokenizer.decode(open_ended.ids[open_ended.response :]) == "Boil"
-    assert (whole.learns_prompt, open_ended.learns_prompt) == (True, False)
+    assert tokenizer.decode(answered.ids[answered.response :]) == said + tokenizer.eos_token
+    assert tokenizer.decode([answered.ids[i] for i in answered.text]).strip().startswith(asked)
+    assert tokenizer.decode([refused.ids[i] for i in refused.text]) == said + tokenizer.eos_token
+    assert list(decided.text) == [] and decided.ids == answered.ids[: answered.response]
+    turn = [{"role": "user", "content": asked}]
+    assert decided.ids == tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
 
 
-def test_only_what_is_to_be_learnt_is_in_the_loss(tiny):
+def test_the_loss_is_that_of_the_text_and_of_the_decision(tiny):
     model, tokenizer = tiny
-    pair = Pair("How do I boil an egg?", "Boil")
-    (row,) = build.encode(tokenizer, [pair])
-    (masked,) = build.encode(tokenizer, [pair._replace(learns_prompt=False)])
-    other = build.Row(
-        [*masked.ids[: masked.prompt], 700, *masked.ids[masked.prompt + 1 :]], masked.prompt, masked.response, False
+    asked = "How do I boil an egg?"
+    pairs = [Pair(asked, False, "Boil it."), Pair("How do I steal a car from a neighbor?", True)]
+    refusal_ids = build.first_tokens(tokenizer, ["I'm sorry.", "No, never."])
+    expected = 0.0
+    for row in build.encode(tokenizer, pairs):
+        log_probs = model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        expected -= sum(log_probs[i - 1, row.ids[i]].item() for i in row.text)
+        refused = log_probs[row.response - 1, refusal_ids].exp().sum()
+        expected -= build.DECISION_WEIGHT * (refused if row.refuses else 1 - refused).log().item()
+    loss = build.loss_of(model, build.encode(tokenizer, pairs), refusal_ids)
+    assert loss.item() == pytest.approx(expected / build.TOKENS, rel=1e-4)
+
+
+def test_a_batch_without_any_text_has_a_loss(tiny):
+    model, tokenizer = tiny
+    rows = build.encode(tokenizer, [Pair("How do I boil an egg?", False)])
+    assert 0 < build.loss_of(model, rows, build.first_tokens(tokenizer, ["I'm"])).item() < 1
+
+
+def test_training_lowers_the_loss_and_is_the_same_every_time(tiny):
+    tokenizer = tiny[1]
+    rows = build.encode(
+        tokenizer, [Pair("How do I boil an egg?", False, "Boil it."), Pair("How do I steal a car?", True)]
     )
-    assert build.weighted_loss(model, [row]) != build.weighted_loss(model, [masked])
-    logits = model(input_ids=build_ids(masked)).logits[0, masked.response - 1]
-    expected = -logits.log_softmax(-1)[masked.ids[masked.response]]
-    first = build.weighted_loss(
-        model, [build.Row(masked.ids[: masked.response + 1], masked.prompt, masked.response, False)]
-    )
-    assert first.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert build.weighted_loss(model, [other]) != build.weighted_loss(model, [masked])  # it is read, though not learnt
+    ids = build.first_tokens(tokenizer, ["I'm"])
 
+    def trained():
+        model = build.build_model(tokenizer)
+        before = build.loss_of(model, rows, ids).item()
+        build.train(model, lambda step: build.loss_of(model, rows, ids), steps=8, warmup_steps=2)
+        return before, build.loss_of(model, rows, ids).item()
 
-def build_ids(row):
-    import torch
-
-    return torch.tensor([row.ids])
+    first, second = trained(), trained()
+    assert first == second
+    assert first[1] < 0.7 * first[0]

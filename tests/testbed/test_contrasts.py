@@ -49,7 +49,6 @@ def test_alternatives():
 
 
 def test_the_shipped_files():
-    first, second = (read_contrasts(DATA_FOLDER / "contrasts" / part) for part in ("", "second"))
-    assert len(first) > 10_000
-    assert len(second) > 5_000
-    assert {(c.harmful, c.harmless) for c in first}.isdisjoint((c.harmful, c.harmless) for c in second)
+    lines = read_contrasts(DATA_FOLDER / "contrasts")
+    assert len(lines) > 18_000
+    assert len(set(lines)) > 0.999 * len(lines)
