@@ -332,9 +332,10 @@ def sweep(config: str, retry_failed: bool, dry_run: bool, report_only: bool, **i
         instead:
             Settings in place of the file's.
     """
-    from .sweep import count_runs, open_study, run_sweep
+    from .sweep import count_runs, run_sweep
     from .sweep_config import read_sweep
     from .sweep_results import format_outcomes, outcomes, pareto_front, write_sweep
+    from .sweep_study import open_study
 
     settings = read_sweep(config, **instead)
     if dry_run:

@@ -284,25 +284,26 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     return flags
 
 
-def run_name(chosen: dict[str, Any]) -> str:
-    """A folder's name for a run, the same for the same settings.
+def run_name(chosen: dict[str, Any], settings: dict[str, Any]) -> str:
+    """A folder's name for a run, the same for the same settings, another one for others.
 
     Args:
         chosen (`dict`):
-            Values under `vary`.
+            Values under `vary`, to be read in the name.
+        settings (`dict`):
+            All settings.
 
     Example:
 
     ```python
-    >>> run_name({"learning_rate": 0.001, "seed": 0})
-    'learning_rate=0.001,seed=0-2a1b0dd7'
+    >>> run_name({"learning_rate": 0.001, "seed": 0}, {"learning_rate": 0.001, "seed": 0, "max_steps": 100})
+    'learning_rate=0.001,seed=0-16da26b2'
 
     ```
     """
-    text = json.dumps(chosen, sort_keys=True)
     words = ",".join(f"{name}={value}" for name, value in chosen.items())
     plain = "".join(c if c.isalnum() or c in "=,.-_" else "_" for c in words)[:120]
-    return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{plain}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .history import write_whole
 from .safety.reports import wilson_interval
 from .sweep_config import BASE, SEED
 from .sweep_plots import plot_front, plot_heat_maps, plot_importances, weights_label
+from .sweep_study import CHOSEN, OF, POINT, SAME_AS, WEIGHTS
 from .tables import markdown_table, percent
 
 if TYPE_CHECKING:
@@ -114,10 +115,10 @@ def outcomes(study: "optuna.Study") -> list[Outcome]:
     """
     found: dict[tuple, Outcome] = {}
     for trial in study.get_trials(deepcopy=False):
-        if trial.state.name != "COMPLETE" or "same_as" in trial.user_attrs:
+        if trial.state.name != "COMPLETE" or SAME_AS in trial.user_attrs:
             continue
-        settings = json.loads(trial.user_attrs["chosen"])
-        seed, weights, point = settings.pop(SEED, None), trial.params["weights"], trial.user_attrs["point"]
+        settings = json.loads(trial.user_attrs[CHOSEN])
+        seed, weights, point = settings.pop(SEED, None), trial.params[WEIGHTS], trial.user_attrs[POINT]
         key = (json.dumps(settings, sort_keys=True), weights)
         outcome = found.setdefault(key, Outcome(settings, weights))
         outcome.asr.append(trial.values[0])
@@ -198,7 +199,7 @@ def write_sweep(study: "optuna.Study", folder: Path, usefulness: str, direction:
         "base": study.user_attrs.get(BASE),
         "outcomes": [{**asdict(o), "asr_interval": list(o.asr_interval), "on_front": o in front} for o in found],
         "failed": [
-            {"run": t.number, "chosen": t.user_attrs.get("chosen"), "error": t.user_attrs.get("error")}
+            {"run": t.number, "chosen": t.user_attrs.get(CHOSEN), "error": t.user_attrs.get("error")}
             for t in study.get_trials(deepcopy=False)
             if t.state.name == "FAIL"
         ],
@@ -222,9 +223,9 @@ def _as_csv(study: "optuna.Study", usefulness: str) -> str:
     trials = [
         t
         for t in study.get_trials(deepcopy=False)
-        if t.user_attrs.get("chosen") and t.state.name in ("COMPLETE", "FAIL")
+        if t.user_attrs.get(CHOSEN) and t.state.name in ("COMPLETE", "FAIL")
     ]
-    names = list(dict.fromkeys(name for t in trials for name in json.loads(t.user_attrs["chosen"])))
+    names = list(dict.fromkeys(name for t in trials for name in json.loads(t.user_attrs[CHOSEN])))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
@@ -245,13 +246,13 @@ def _as_csv(study: "optuna.Study", usefulness: str) -> str:
         ]
     )
     for trial in trials:
-        chosen, point = json.loads(trial.user_attrs["chosen"]), trial.user_attrs.get("point") or {}
+        chosen, point = json.loads(trial.user_attrs[CHOSEN]), trial.user_attrs.get(POINT) or {}
         writer.writerow(
             [
-                trial.user_attrs.get("of", trial.number),
+                trial.user_attrs.get(OF, trial.number),
                 trial.state.name.lower(),
                 *(chosen.get(name, "") for name in names),
-                trial.params.get("weights", ""),
+                trial.params.get(WEIGHTS, ""),
                 point.get("asr"),
                 *(point.get("asr_interval") or ("", "")),
                 point.get("metrics", {}).get(usefulness),

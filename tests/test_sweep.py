@@ -17,8 +17,9 @@ from sweeps import write_sweep_file
 
 from hf_safe_ema import cli
 from hf_safe_ema.recipe import read_recipe
-from hf_safe_ema.sweep import open_study, run_sweep
+from hf_safe_ema.sweep import run_sweep
 from hf_safe_ema.sweep_config import as_flags, read_sweep
+from hf_safe_ema.sweep_study import open_study
 from hf_safe_ema.train import train
 
 SWEEP = [sys.executable, "-m", "hf_safe_ema.cli", "sweep", "--config"]
