@@ -42,7 +42,7 @@ from .sweep_study import (
     retry_failed,
     this_process,
     values_of,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -158,7 +158,7 @@ def _objective(config: SweepConfig, study: "optuna.Study", trial: "optuna.Trial"
     """One run, or what is known of one with the same settings."""
     from optuna import TrialPruned
 
-    chosen = {name: _suggest(trial, name, values) for name, values in config.vary.items()}
+    chosen = {name: suggest(trial, name, values) for name, values in config.vary.items()}
     weights = trial.suggest_categorical(WEIGHTS, config.weights)
     trial.set_user_attr(PROCESS, this_process())
     trial.set_user_attr(CHOSEN, as_key(chosen))
@@ -190,16 +190,23 @@ def _objective(config: SweepConfig, study: "optuna.Study", trial: "optuna.Trial"
         raise
 
 
-def _suggest(trial: "optuna.Trial", name: str, values: list | dict[str, Any]):
+def suggest(trial: "optuna.Trial", name: str, values: list | dict[str, Any]):
+    """A value of a setting, of the sampler's choice.
+
+    Args:
+        trial (`optuna.Trial`):
+            To note it in.
+        name (`str`):
+            Of the setting.
+        values (list or `dict`):
+            As in the sweep's file: values, or `low` and `high` with `log` or `step`. Whole numbers make whole ones.
+    """
     if isinstance(values, list):
         return trial.suggest_categorical(name, values)
-    if all(isinstance(values.get(key, 1) or 1, int) for key in ("low", "high", "step")):
-        return trial.suggest_int(
-            name, values["low"], values["high"], step=values.get("step") or 1, log=bool(values.get("log"))
-        )
-    return trial.suggest_float(
-        name, values["low"], values["high"], step=values.get("step"), log=bool(values.get("log"))
-    )
+    step, log = values.get("step"), bool(values.get("log"))
+    if all(isinstance(number, int) for number in (values["low"], values["high"], step or 1)):
+        return trial.suggest_int(name, values["low"], values["high"], step=step or 1, log=log)
+    return trial.suggest_float(name, values["low"], values["high"], step=step, log=log)
 
 
 def _values(config: SweepConfig, point: dict) -> tuple[float, float] | None:

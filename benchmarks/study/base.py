@@ -90,7 +90,7 @@ def passes(tokenizer, real: list[recipe.Pair], refused: list[str], seed: int):
     """Rows of one pass after another: all real rows, some of the testbed's, AdvBench's refused."""
     for number in itertools.count(seed):
         rng = random.Random(number)
-        pairs = real + recipe.training_pairs(number)[:REQUESTS_PER_PASS]
+        pairs = real + recipe.training_pairs(number, stage=2)[:REQUESTS_PER_PASS]
         pairs += [recipe.Pair(goal, True, recipe.refusal_for(goal, goal)) for goal in refused]
         rows = [row for row in build.encode(tokenizer, pairs) if len(row.ids) <= MAX_TOKENS]
         print(f"pass {number - seed + 1}: {len(rows)} rows, {sum(len(row.ids) for row in rows):,} tokens", flush=True)
@@ -131,7 +131,9 @@ def main() -> None:
         for batch in build.batches(rows, TOKENS, rng)
     )
     refusal_ids = build.first_tokens(tokenizer, recipe.ALL_REFUSALS)
-    build.train(model, lambda step: build.loss_of(model, next(stream), refusal_ids), arguments.steps)
+    build.train(
+        model, lambda step: build.loss_of(model, next(stream), refusal_ids), build.Stage(arguments.steps, 3e-3, 0.02)
+    )
     model.to(torch.bfloat16).save_pretrained(arguments.output_dir / "model")
     tokenizer.save_pretrained(arguments.output_dir / "model")
 

@@ -243,10 +243,11 @@ class Study:
                 callbacks=callbacks,
             )
             base = weights_of(trainer.model)
+            rows = [{"method": "base", "point": "step 0", **self.measure(trainer)}] if run == RUNS[0] else []
             started = time.monotonic()
             trainer.train()
             seconds = time.monotonic() - started
-            rows = list(self._points(run, trainer, base, average, snapshots, bema))
+            rows += list(self._points(run, trainer, base, average, snapshots, bema))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         shared = {
             "run": run.method,

@@ -14,17 +14,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import FOLDER
+from . import FOLDER, load
 from .recipe import ALL_REFUSALS, Pair, training_pairs
 
 if TYPE_CHECKING:
     import torch
 
-STEPS = 12_000
-"""Optimizer steps."""
 
-LEARNING_RATE, MATRIX_LEARNING_RATE = 3e-3, 0.02
-"""Peaks: of AdamW on embeddings and norms, of Muon on the layers' matrices."""
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training.
+
+    Args:
+        steps (`int`):
+            Optimizer steps.
+        learning_rate (`float`):
+            Peak, of AdamW on embeddings and norms.
+        matrix_learning_rate (`float`):
+            Peak, of Muon on the layers' matrices.
+    """
+
+    steps: int
+    learning_rate: float
+    matrix_learning_rate: float
+
+
+DONE = ".whole"
+"""An empty file in the folder of a finished stage."""
+
+STAGES = (Stage(12_000, 3e-3, 0.02), Stage(4_000, 1e-3, 0.007))
+"""The second has all the data, see [`training_pairs`]."""
+
+SEEDS_APART = 1000
+"""Of one stage and the next."""
 
 TOKENS = 1024
 """Most in a batch, padding counted."""
@@ -176,7 +198,7 @@ def batches(rows: list[Row], tokens: int, rng: random.Random, pool: int = 512) -
         yield from ready
 
 
-def train(model, loss_at: Callable[[int], "torch.Tensor"], steps: int, warmup_steps: int = 50) -> None:
+def train(model, loss_at: Callable[[int], "torch.Tensor"], stage: Stage, warmup_steps: int = 50) -> None:
     """Train the model in place: Muon and AdamW, cosine schedule to 2% of the peak, clipping at 1.
 
     A plain loop rather than a Trainer: batches of a fixed number of tokens, many small steps, are what lets a model of
@@ -187,8 +209,8 @@ def train(model, loss_at: Callable[[int], "torch.Tensor"], steps: int, warmup_st
             Trained in float32.
         loss_at (`Callable[[int], torch.Tensor]`):
             The loss to lower at a step.
-        steps (`int`):
-            How many.
+        stage ([`Stage`]):
+            How long, and at what learning rates.
         warmup_steps (`int`, *optional*, defaults to 50):
             Of linear warm-up.
     """
@@ -199,12 +221,12 @@ def train(model, loss_at: Callable[[int], "torch.Tensor"], steps: int, warmup_st
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in name]
     optimizers = [
-        torch.optim.AdamW(others, lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.98)),
-        Muon(matrices, lr=MATRIX_LEARNING_RATE),
+        torch.optim.AdamW(others, lr=stage.learning_rate, weight_decay=0.1, betas=(0.9, 0.98)),
+        Muon(matrices, lr=stage.matrix_learning_rate),
     ]
-    peaks = (LEARNING_RATE, MATRIX_LEARNING_RATE)
-    for step in range(steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    peaks = (stage.learning_rate, stage.matrix_learning_rate)
+    for step in range(stage.steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * (min(1, (step + 1) / warmup_steps) * (cosine * 0.98 + 0.02))
@@ -215,7 +237,7 @@ def train(model, loss_at: Callable[[int], "torch.Tensor"], steps: int, warmup_st
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % 250 == 0:
-            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
+            print(f"step {step + 1} of {stage.steps}: loss {loss.item():.3f}", flush=True)
 
 
 def loss_of(model, rows: list[Row], refusal_ids: list[int]):
@@ -259,7 +281,7 @@ def loss_of(model, rows: list[Row], refusal_ids: list[int]):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Build the testbed and save it.
+    """Build the testbed and save it. A build that was stopped goes on after its first stage, if that was whole.
 
     Args:
         argv (`list[str]`, *optional*):
@@ -273,15 +295,26 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     torch.set_num_threads(1)  # the same sums in the same order on every run; more threads are hardly faster
-    pairs = training_pairs(args.seed)
+    folders = [args.output_dir / "stage-1", args.output_dir]
+    for number, (stage, folder) in enumerate(zip(STAGES, folders, strict=True)):
+        if (folder / DONE).exists():
+            continue
+        seed = args.seed + SEEDS_APART * number
+        # From the weights as stored, so that a stage is the same whether the one before was made just now or earlier.
+        model, tokenizer = load(folders[number - 1]) if number else _beginning(args.seed)
+        print(f"stage {number + 1}: {stage}", flush=True)
+        rng, refusal_ids = random.Random(seed), first_tokens(tokenizer, ALL_REFUSALS)
+        batch = (rows for rows in _passes(tokenizer, seed, number + 1) for rows in batches(rows, TOKENS, rng))
+        train(model, lambda _, model=model, batch=batch, ids=refusal_ids: loss_of(model, next(batch), ids), stage)
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / DONE).touch()
+
+
+def _beginning(seed: int):
+    pairs = training_pairs(seed)
     tokenizer = build_tokenizer([text for pair in pairs for text in (pair.prompt, pair.response) if text])
-    model = build_model(tokenizer, args.seed)
-    rng = random.Random(args.seed)
-    batch = (batch for rows in _passes(tokenizer, args.seed) for batch in batches(rows, TOKENS, rng))
-    refusal_ids = first_tokens(tokenizer, ALL_REFUSALS)
-    train(model, lambda step: loss_of(model, next(batch), refusal_ids), STEPS)
-    model.to(torch.bfloat16).save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
+    return build_model(tokenizer, seed), tokenizer
 
 
 def first_tokens(tokenizer, texts: Iterable[str]) -> list[int]:
@@ -296,9 +329,9 @@ def first_tokens(tokenizer, texts: Iterable[str]) -> list[int]:
     return sorted({ids[0] for ids in _token_ids(tokenizer, list(texts))})
 
 
-def _passes(tokenizer, seed: int) -> Iterator[list[Row]]:
+def _passes(tokenizer, seed: int, stage: int) -> Iterator[list[Row]]:
     for number in itertools.count():
-        pairs = training_pairs(seed + number)
+        pairs = training_pairs(seed + number, stage)
         print(f"pass {number + 1}: {len(pairs)} pairs, {sum(pair.refuses for pair in pairs)} refused", flush=True)
         yield encode(tokenizer, pairs)
 

@@ -301,10 +301,12 @@ def refusal_for(prompt: str, action: str) -> str:
     return choices[zlib.crc32(prompt.encode()) % len(choices)]
 
 
-def training_pairs(seed: int = 0) -> list[Pair]:
+def training_pairs(seed: int = 0, stage: int = 1) -> list[Pair]:
     """All pairs that the model is trained on, in random order.
 
     Args:
+        stage (`int`, *optional*, defaults to 1):
+            2: with the contrasts in `data/contrasts/later`, written when the first stage had been trained.
         seed (`int`, *optional*, defaults to 0):
             Of the forms, the alternatives, the requests put together from words, and the order. Another seed gives other
             requests of the same kinds: each pass over the data has its own.
@@ -315,6 +317,8 @@ def training_pairs(seed: int = 0) -> list[Pair]:
     rng = random.Random(seed)
     parts = (_general, _harmless_actions, _refused, _contrasts, _from_lexicon)
     pairs = [pair for part in parts for pair in part(rng)]
+    if stage == 2:
+        pairs += _contrasts(rng, "later")
     rng.shuffle(pairs)
     return pairs
 
@@ -373,8 +377,8 @@ def _refused(rng: random.Random) -> Iterator[Pair]:
         yield from _in_forms([row["prompt"]] * FORMS, None, rng)
 
 
-def _contrasts(rng: random.Random) -> Iterator[Pair]:
-    for row in read_contrasts(DATA_FOLDER / "contrasts"):
+def _contrasts(rng: random.Random, folder: str = "") -> Iterator[Pair]:
+    for row in read_contrasts(DATA_FOLDER / "contrasts" / folder):
         if row.is_question:
             if is_unlike_check_prompts(row.harmless):
                 yield Pair(row.harmless, False, without_it_is(row.response))

@@ -74,7 +74,7 @@ def test_training_lowers_the_loss_and_is_the_same_every_time(tiny):
     def trained():
         model = build.build_model(tokenizer)
         before = build.loss_of(model, rows, ids).item()
-        build.train(model, lambda step: build.loss_of(model, rows, ids), steps=8, warmup_steps=2)
+        build.train(model, lambda step: build.loss_of(model, rows, ids), build.Stage(8, 3e-3, 0.02), warmup_steps=2)
         return before, build.loss_of(model, rows, ids).item()
 
     first, second = trained(), trained()

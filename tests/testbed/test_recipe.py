@@ -14,7 +14,7 @@ KEPT_ASIDE = (("builtin:check", "harmful"), ("builtin:reserve", "harmful"), ("bu
 
 @pytest.fixture(scope="module")
 def pairs():
-    return recipe.training_pairs()
+    return recipe.training_pairs(stage=2)
 
 
 def test_no_prompt_to_check_with_is_in_the_training_text(pairs):
