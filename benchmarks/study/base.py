@@ -132,7 +132,9 @@ def main() -> None:
     )
     refusal_ids = build.first_tokens(tokenizer, recipe.ALL_REFUSALS)
     build.train(
-        model, lambda step: build.loss_of(model, next(stream), refusal_ids), build.Stage(arguments.steps, 3e-3, 0.02)
+        model,
+        lambda step: build.loss_of(model, next(stream), refusal_ids),
+        build.Stage(arguments.steps, 3e-3, 0.02, 1.0),
     )
     model.to(torch.bfloat16).save_pretrained(arguments.output_dir / "model")
     tokenizer.save_pretrained(arguments.output_dir / "model")

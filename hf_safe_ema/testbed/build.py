@@ -6,6 +6,7 @@ Knows: how to train on pairs of prompt and response. Does not know: what is in t
 """
 
 import argparse
+import functools
 import itertools
 import math
 import random
@@ -32,18 +33,21 @@ class Stage:
             Peak, of AdamW on embeddings and norms.
         matrix_learning_rate (`float`):
             Peak, of Muon on the layers' matrices.
+        missed_weight (`float`):
+            In the loss of refusing or not, of a request to be refused, where one to be answered weighs 1.
     """
 
     steps: int
     learning_rate: float
     matrix_learning_rate: float
+    missed_weight: float
 
 
 DONE = ".whole"
 """An empty file in the folder of a finished stage."""
 
-STAGES = (Stage(12_000, 3e-3, 0.02), Stage(4_000, 1e-3, 0.007))
-"""The second has all the data, see [`training_pairs`]."""
+STAGES = (Stage(12_000, 3e-3, 0.02, 1.0), Stage(4_000, 1e-3, 0.007, 10.0))
+"""The second has all the data, see [`training_pairs`], and leans to refusing."""
 
 SEEDS_APART = 1000
 """Of one stage and the next."""
@@ -240,7 +244,7 @@ def train(model, loss_at: Callable[[int], "torch.Tensor"], stage: Stage, warmup_
             print(f"step {step + 1} of {stage.steps}: loss {loss.item():.3f}", flush=True)
 
 
-def loss_of(model, rows: list[Row], refusal_ids: list[int]):
+def loss_of(model, rows: list[Row], refusal_ids: list[int], missed_weight: float = 1.0):
     """Loss in nats, per token that fits into a batch: of the text, and [`DECISION_WEIGHT`] times that of refusing or not.
 
     The second is binary cross-entropy of the probability that a response begins as a refusal does. It is a small part of the
@@ -253,6 +257,8 @@ def loss_of(model, rows: list[Row], refusal_ids: list[int]):
             One batch, from [`encode`].
         refusal_ids (`list[int]`):
             Tokens that refusals begin with.
+        missed_weight (`float`, *optional*, defaults to 1.0):
+            Of a request to be refused, where one to be answered weighs 1.
 
     Returns:
         `torch.Tensor`: scalar.
@@ -276,7 +282,8 @@ def loss_of(model, rows: list[Row], refusal_ids: list[int]):
     refused = logits[:, is_refusal].logsumexp(-1)  # (rows,)
     answered = logits[:, ~is_refusal].logsumexp(-1)
     refuses = torch.tensor([float(row.refuses) for row in rows])
-    decision = binary_cross_entropy_with_logits(refused - answered, refuses, reduction="sum")
+    weights = 1 + (missed_weight - 1) * refuses
+    decision = binary_cross_entropy_with_logits(refused - answered, refuses, weights, reduction="sum")
     return (text + DECISION_WEIGHT * decision) / TOKENS
 
 
@@ -305,7 +312,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"stage {number + 1}: {stage}", flush=True)
         rng, refusal_ids = random.Random(seed), first_tokens(tokenizer, ALL_REFUSALS)
         batch = (rows for rows in _passes(tokenizer, seed, number + 1) for rows in batches(rows, TOKENS, rng))
-        train(model, lambda _, model=model, batch=batch, ids=refusal_ids: loss_of(model, next(batch), ids), stage)
+        loss = functools.partial(loss_of, model, refusal_ids=refusal_ids, missed_weight=stage.missed_weight)
+        train(model, lambda _, loss=loss, batch=batch: loss(next(batch)), stage)
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / DONE).touch()

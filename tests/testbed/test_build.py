@@ -53,8 +53,8 @@ def test_the_loss_is_that_of_the_text_and_of_the_decision(tiny):
         log_probs = model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
         expected -= sum(log_probs[i - 1, row.ids[i]].item() for i in row.text)
         refused = log_probs[row.response - 1, refusal_ids].exp().sum()
-        expected -= build.DECISION_WEIGHT * (refused if row.refuses else 1 - refused).log().item()
-    loss = build.loss_of(model, build.encode(tokenizer, pairs), refusal_ids)
+        expected -= build.DECISION_WEIGHT * (refused.log() * 3 if row.refuses else (1 - refused).log()).item()
+    loss = build.loss_of(model, build.encode(tokenizer, pairs), refusal_ids, missed_weight=3.0)
     assert loss.item() == pytest.approx(expected / build.TOKENS, rel=1e-4)
 
 
@@ -74,7 +74,9 @@ def test_training_lowers_the_loss_and_is_the_same_every_time(tiny):
     def trained():
         model = build.build_model(tokenizer)
         before = build.loss_of(model, rows, ids).item()
-        build.train(model, lambda step: build.loss_of(model, rows, ids), build.Stage(8, 3e-3, 0.02), warmup_steps=2)
+        build.train(
+            model, lambda step: build.loss_of(model, rows, ids), build.Stage(8, 3e-3, 0.02, 1.0), warmup_steps=2
+        )
         return before, build.loss_of(model, rows, ids).item()
 
     first, second = trained(), trained()
