@@ -105,26 +105,59 @@ def _sampler(config: SweepConfig):
 
 
 def as_key(chosen: dict[str, Any]) -> str:
+    """What a run was given, as text that is the same for the same settings.
+
+    Args:
+        chosen (`dict`):
+            Values under `vary`.
+    """
     return json.dumps(chosen, sort_keys=True)
 
 
 def key_of(trial) -> str | None:
-    """What the run of a trial was given; None for one that has not come so far."""
+    """What the run of a trial was given; None for one that has not come so far.
+
+    Args:
+        trial (`optuna.trial.FrozenTrial`):
+            Any.
+    """
     return trial.user_attrs.get(CHOSEN)
 
 
 def enqueue(study: "optuna.Study", chosen: dict[str, Any], **attributes) -> None:
+    """Let a run wait in the study.
+
+    Args:
+        study (`optuna.Study`):
+            Of the sweep.
+        chosen (`dict`):
+            Values under `vary`.
+        attributes:
+            What its trial notes besides.
+    """
     study.enqueue_trial({**chosen, WEIGHTS: LIVE}, user_attrs={CHOSEN: as_key(chosen), **attributes})
 
 
 def make_again(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
-    """Let a run whose process was killed wait again."""
+    """Let a run whose process was killed wait again.
+
+    Args:
+        study (`optuna.Study`):
+            Of the sweep.
+        trial (`optuna.trial.FrozenTrial`):
+            Of that run.
+    """
     if key_of(trial) is not None:
         enqueue(study, json.loads(key_of(trial)), **{AGAIN: trial.number})
 
 
 def give_up_orphans(study: "optuna.Study") -> None:
-    """Let runs of this machine whose process is gone wait again; those of other machines lose their heartbeat in time."""
+    """Let runs of this machine whose process is gone wait again; those of other machines lose their heartbeat in time.
+
+    Args:
+        study (`optuna.Study`):
+            Of the sweep.
+    """
     import psutil
 
     for trial in study.get_trials(deepcopy=False):
@@ -138,6 +171,12 @@ def give_up_orphans(study: "optuna.Study") -> None:
 
 
 def retry_failed(study: "optuna.Study") -> None:
+    """Let runs that failed, and have not been made since, wait again.
+
+    Args:
+        study (`optuna.Study`):
+            Of the sweep.
+    """
     trials = [trial for trial in study.get_trials(deepcopy=False) if OF not in trial.user_attrs]
     done = {key_of(trial) for trial in trials if trial.state.name in ("COMPLETE", "RUNNING", "WAITING")}
     for key, trial in {key_of(trial): trial for trial in trials if trial.state.name == "FAIL"}.items():
@@ -146,6 +185,7 @@ def retry_failed(study: "optuna.Study") -> None:
 
 
 def this_process() -> tuple[str, int, float]:
+    """Host, process id and start of this process: who makes a run."""
     import psutil
 
     return socket.gethostname(), os.getpid(), psutil.Process().create_time()
@@ -156,6 +196,19 @@ def earlier_twin(study: "optuna.Study", number: int, key: str, waiting: bool) ->
 
     Numbers are dealt out by the storage, so of two processes just one is the first. One that has its number but not its
     settings yet is waited for.
+
+    Args:
+        study (`optuna.Study`):
+            Of the sweep.
+        number (`int`):
+            Of the trial that asks.
+        key (`str`):
+            What its run is given.
+        waiting (`bool`):
+            Whether trials that wait count too.
+
+    Returns:
+        `int`: its number; None if there is none.
     """
     alive = ("RUNNING", "COMPLETE", "WAITING") if waiting else ("RUNNING", "COMPLETE")
     until = time.monotonic() + 10
@@ -168,6 +221,16 @@ def earlier_twin(study: "optuna.Study", number: int, key: str, waiting: bool) ->
 
 
 def values_of(study: "optuna.Study", key: str, weights: str) -> tuple[float, float] | None:
+    """The objectives that are known of a run and weights; None if there are none.
+
+    Args:
+        study (`optuna.Study`):
+            Of the sweep.
+        key (`str`):
+            What the run was given.
+        weights (`str`):
+            Of which the values are wanted.
+    """
     for trial in study.get_trials(deepcopy=False):
         if trial.state.name == "COMPLETE" and key_of(trial) == key and trial.params[WEIGHTS] == weights:
             return tuple(trial.values)
